@@ -1,0 +1,17 @@
+"""fedlora: federated LoRA fine-tuning, from simulation to deployment."""
+
+import os
+
+# Nothing phones home. Set before flwr, ray and the hub client are imported, because they read these at import.
+for _variable, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_variable, _value)
+
+__version__ = "0.1.0"

@@ -1,0 +1,59 @@
+"""The three frozen bases of Fed-SB: B ``[m, r]``, A ``[r, n]`` and the diagonal start of R.
+
+All are computed in fp64 and have the sign of each singular pair fixed, so that two machines agree on them as far as
+their linear algebra does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora.seeding import torch_generator
+
+
+class Basis(NamedTuple):
+    """left ``[m, r]``, core ``[r]`` (the diagonal of s R at the start), right ``[r, n]``."""
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+
+
+def gradient_basis(gradient: Tensor, rank: int, step: float) -> Basis:
+    """LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557): the rank-r SVD of the first AdamW step.
+
+    The first step is dW1 = -step * sign(gradient), with ``gradient`` ``[m, n]`` summed over the public sample.
+    Then left @ diag(core) @ right is the best rank-r approximation of dW1.
+    """
+    left, values, right = _signed_svd(-step * torch.sign(gradient.double()), rank)
+    return Basis(left.to(gradient), values.to(gradient), right.to(gradient))
+
+
+def weight_basis(weight: Tensor, rank: int) -> Basis:
+    """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): left = U_r S_r and right = V_r^T of W ``[m, n]``; R starts at 0."""
+    left, values, right = _signed_svd(weight.double(), rank)
+    return Basis((left * values).to(weight), torch.zeros(rank), right.to(weight))
+
+
+def seeded_basis(m: int, n: int, rank: int, seed: int, module: str) -> Basis:
+    """Orthonormal columns ``[m, r]`` and rows ``[r, n]`` from a QR of seeded Gaussians; R starts at 0."""
+    generator = torch_generator(seed, "basis", module)
+    left = _orthonormal(torch.randn(m, rank, generator=generator, dtype=torch.float64))
+    right = _orthonormal(torch.randn(n, rank, generator=generator, dtype=torch.float64)).T
+    return Basis(left.float(), torch.zeros(rank), right.float())
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(columns)
+    return q * torch.sign(torch.diagonal(r))
+
+
+def _signed_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(u)
+    return u * sign, s, vh * sign.T

@@ -1,0 +1,147 @@
+"""Fed-SB (Singhal et al. 2025, arXiv 2502.15436): dW = s B R A with only the small square R trained and shared.
+
+The frozen basis (B, A) comes from one of three sources, recorded in every table as ``fed_sb[<basis>]``; see
+:mod:`fedlora.adapters.bases`. dW is linear in R, so averaging R is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapters import bases
+from fedlora.adapters.base import ADAPTER_NAME, Adapter, AdapterConfig, State, modules_of, register
+from fedlora.errors import InputError
+from fedlora.lowrank import LowRank
+
+
+class FedSBLinear(Linear):
+    """A PEFT LoRA layer with a square factor R between A and B: y = W x + s B R A x.
+
+    Works for ``nn.Linear`` and for GPT-2's transposed ``Conv1D``. R is an ``nn.Linear`` so that per-sample
+    gradients and functional calls treat it like any other layer.
+    """
+
+    adapter_layer_names = (*Linear.adapter_layer_names, "lora_R")
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Create A ``[r, n]``, B ``[m, r]`` as PEFT does, and R ``[r, r]``."""
+        if not hasattr(self, "lora_R"):
+            self.lora_R = nn.ModuleDict()
+        self.lora_R[adapter_name] = nn.Linear(r, r, bias=False)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., n]`` to ``[..., m]``."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            inner = self.lora_A[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+            result = result + (self.lora_B[name](self.lora_R[name](inner)) * self.scaling[name]).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return s B R A in the orientation of the base weight, for merging."""
+        product = self.lora_B[adapter].weight @ self.lora_R[adapter].weight @ self.lora_A[adapter].weight
+        return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
+
+
+class FedSBConfig(AdapterConfig):
+    """Fed-SB's settings.
+
+    Attributes:
+        basis: ``gradient`` (LoRA-SB, from the server's public sample; sent once), ``weight`` (LoRA-XS, SVD of the
+            backbone) or ``seeded`` (orthonormal); the last two cost no bytes.
+        basis_step: size of the first update dW1 = -basis_step * sign(gradient) that the gradient basis factors.
+    """
+
+    basis: Literal["gradient", "weight", "seeded"]
+    basis_step: Annotated[float, Field(gt=0)]
+
+
+@register("fed_sb")
+class FedSB(Adapter):
+    """Only R is trained. With the gradient basis the run starts at the best rank-r part of the first update."""
+
+    Config = FedSBConfig
+    affine = True
+    factors = ("lora_B", "lora_R", "lora_A")
+    trained = ("lora_R",)
+
+    @property
+    def settings(self) -> FedSBConfig:
+        """The settings with their own type."""
+        return cast(FedSBConfig, self.config)
+
+    @property
+    def label(self) -> str:
+        """``fed_sb[gradient]`` and so on."""
+        return f"{self.config.name}[{self.settings.basis}]"
+
+    @property
+    def broadcast_frozen(self) -> bool:
+        """A gradient basis cannot be derived from the seed, so every client receives it once."""
+        return self.settings.basis == "gradient"
+
+    @property
+    def needs_public_sample(self) -> bool:
+        """Only the gradient basis does."""
+        return self.settings.basis == "gradient"
+
+    def peft_config(self) -> LoraConfig:
+        """PEFT's LoRA with our layer in place of its own."""
+        config = super().peft_config()
+        config._register_custom_module({nn.Linear: FedSBLinear, Conv1D: FedSBLinear})
+        return config
+
+    def initialise(self, layers: Mapping[str, LoraLayer], seed: int, gradients: State | None = None) -> None:
+        """Set the basis and R of every layer.
+
+        A client whose basis will be broadcast has no gradients: its basis stays zero until the server's arrives.
+        """
+        for name, layer in layers.items():
+            a, r, b = (getattr(layer, factor)[ADAPTER_NAME].weight for factor in ("lora_A", "lora_R", "lora_B"))
+            with torch.no_grad():
+                if self.settings.basis == "seeded":
+                    basis = bases.seeded_basis(b.shape[0], a.shape[1], self.config.rank, seed, name)
+                elif a.is_meta or (self.settings.basis == "gradient" and gradients is None):
+                    for factor in (a, r, b):
+                        factor.zero_()
+                    continue
+                elif self.settings.basis == "weight":
+                    basis = bases.weight_basis(oriented_weight(layer), self.config.rank)
+                else:
+                    assert gradients is not None
+                    basis = bases.gradient_basis(gradients[name], self.config.rank, self.settings.basis_step)
+                b.copy_(basis.left)
+                r.copy_(torch.diag(basis.core) / self.scale)
+                a.copy_(basis.right)
+
+    def delta(self, state: Mapping[str, Tensor]) -> dict[str, LowRank]:
+        """dW = s B R A, as left = s B R ``[m, r]`` and right = A ``[r, n]``."""
+        deltas = {}
+        for module in modules_of(state):
+            b, r, a = (state[f"{module}.{factor}.weight"] for factor in self.factors)
+            deltas[module] = LowRank((b @ r) * self.scale, a)
+        return deltas
+
+
+def oriented_weight(layer: LoraLayer) -> Tensor:
+    """The base weight as ``[m, n]`` (out, in), whatever the layer stores.
+
+    Raises:
+        InputError: the layer has no plain matrix weight.
+    """
+    base = layer.get_base_layer()
+    weight = cast(Tensor, base.weight).detach()
+    if weight.ndim != 2:
+        raise InputError(f"adapter=fed_sb cannot adapt {type(base).__name__}; choose linear adapter.target_modules.")
+    return weight.T if isinstance(base, Conv1D) else weight

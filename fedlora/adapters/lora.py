@@ -1,0 +1,26 @@
+"""LoRA (Hu et al. 2022): dW = s B A with both factors trained and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from fedlora.adapters.base import ADAPTER_NAME, Adapter, State, register, seeded_uniform
+
+
+@register("lora")
+class Lora(Adapter):
+    """Both factors are trained, so dW is bilinear in what travels and plain averaging is not exact."""
+
+    affine = False
+    trained = ("lora_A", "lora_B")
+
+    def initialise(self, layers: Mapping[str, LoraLayer], seed: int, gradients: State | None = None) -> None:
+        """A is seeded per layer, B is zero: the model starts as the backbone."""
+        with torch.no_grad():
+            for name, layer in layers.items():
+                a = layer.lora_A[ADAPTER_NAME].weight
+                a.copy_(seeded_uniform(*a.shape, seed, name))
+                layer.lora_B[ADAPTER_NAME].weight.zero_()

@@ -1,0 +1,208 @@
+"""The client side: a worker that trains any client of the federation, and the Flower ClientApp around it.
+
+The same code serves every engine. Whatever a client keeps between rounds lives in the store; the worker itself only
+holds the frozen backbone, so it can train one client after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora import correction, wire
+from fedlora.adapters import State
+from fedlora.config import Config, load_config
+from fedlora.errors import FedloraError
+from fedlora.federation import Federation
+from fedlora.model import AdaptedModel
+from fedlora.seeding import numpy_rng
+from fedlora.store import ClientRecord, ClientStore
+from fedlora.tasks import collate
+
+KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction"}
+
+
+class Worker:
+    """Holds one backbone and trains clients on it, one after the other (the oracle of every faster engine)."""
+
+    def __init__(self, federation: Federation, store: ClientStore) -> None:
+        self.federation = federation
+        self.store = store
+        self.model: AdaptedModel = federation.build_model()
+        self.initial: State = self.model.read(self.model.trainable)
+        self.seeded_frozen: State = self.model.read(self.model.frozen)
+        self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+
+    def handle(self, message: Message) -> Message:
+        """Train the client that ``message`` addresses and reply with its shared tensors and metrics."""
+        content = message.content
+        instructions = dict(content.config_records["config"])
+        server_round, client = int(instructions["server-round"]), str(instructions["client-id"])  # pyright: ignore
+        unknown = set(instructions) - KNOWN_INSTRUCTIONS
+        if unknown:
+            raise FedloraError(f"the strategy asks for {sorted(unknown)}, which this client does not do")
+        personal = bool(instructions.get("personal", False))
+        pool = [str(name) for name in instructions.get("pool", [])]  # pyright: ignore
+
+        record = self.store.read(client, server_round)
+        references = self._receive(record.references, content)
+        self._prepare(record, references)
+        shared = self.model.shared
+        if not personal:
+            layout = self.model.shapes(shared)
+            self.model.load(wire.unpack(content.array_records["arrays"], layout, self.federation.config.wire.dtype))
+        loss, examples = self.train(pool or [client], server_round, client)
+
+        kept = self.model.trainable if personal else self.model.private
+        if kept or references:
+            self.store.write(client, server_round, ClientRecord(self.model.read(kept), references))
+        reply = RecordDict({"metrics": MetricRecord({"num-examples": examples, "train_loss": loss})})
+        if not personal:
+            reply["arrays"] = wire.pack(self.model.read(shared), self.federation.config.wire.dtype)
+        return Message(reply, reply_to=message)
+
+    def load_personal(self, client: str, before_round: int) -> None:
+        """Put what ``client`` keeps privately into the model, for evaluation."""
+        record = self.store.read(client, before_round)
+        self._prepare(record, record.references)
+
+    def train(self, clients: Iterable[str], server_round: int, stream: str) -> tuple[float, int]:
+        """Train the loaded state on the rows of ``clients``; return mean loss and number of examples.
+
+        The order of rows depends on (seed, round, ``stream``) only.
+
+        Raises:
+            FedloraError: a loss is not finite.
+        """
+        federation, settings = self.federation, self.federation.config.client
+        rows = np.concatenate([federation.index.train[client] for client in clients])
+        self.model.own_trainables()
+        optimizer = _optimizer(self.model.parameters(), settings.optimizer, settings.lr)
+        losses: list[float] = []
+        rng = numpy_rng(federation.config.seed, "batches", server_round, stream)
+        for batch in batch_order(rows, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
+            loss = federation.task.loss(self.model.module, collate(federation.tokens, batch, federation.pad_id))
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise FedloraError(
+                    f"the loss is {losses[-1]} at local step {len(losses)} of client '{stream}' in round "
+                    f"{server_round}. Lower client.lr (now {settings.lr})"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.model.assert_trainables()
+        return float(np.mean(losses)), len(rows)
+
+    def _receive(self, held: Mapping[str, str], content: RecordDict) -> dict[str, str]:
+        """Store what came with the message beyond the shared tensors; return the client's new references."""
+        references = dict(held)
+        setup = content.array_records.get("setup")
+        if setup is not None:
+            key = _key("setup", setup)
+            if not self.store.has_shared(key):
+                self.store.put_shared(key, wire.unpack(setup, self.model.shapes(self.model.frozen)))
+            references["setup"] = key
+        if self.federation.adapter.broadcast_frozen and "setup" not in references:
+            raise FedloraError("the frozen basis never reached this client")
+        header = content.config_records["config"].get("correction")
+        if header is not None:
+            references["correction"] = self._correct(references, str(header), content.array_records["correction"])
+        return references
+
+    def _correct(self, references: Mapping[str, str], header: str, record: ArrayRecord) -> str:
+        """Bring the client's base correction up to date; content reached by the same way is computed once."""
+        since, until = correction.versions(header)
+        before = references.get("correction", "0-none")
+        held_version = int(before.split("-")[0])
+        if since is not None and since != held_version:
+            raise FedloraError(f"base correction {since} expected, but this client holds {held_version}")
+        digest = hashlib.blake2b(f"{before}|{header}|{_key('correction', record)}".encode(), digest_size=12).hexdigest()
+        key = f"{until}-{digest}"
+        if not self.store.has_shared(key):
+            shapes = {name: (int(x.out_features), int(x.in_features)) for name, x in self.model.layers.items()}  # pyright: ignore
+            tensors = wire.unpack(record, correction.layout_of(header, shapes))
+            held = self.store.get_shared(before) if "correction" in references else {}
+            self.store.put_shared(key, correction.apply_update(held, header, tensors))
+        return key
+
+    def _prepare(self, record: ClientRecord, references: Mapping[str, str]) -> None:
+        """Set the model to this client: seeded start, its basis, its base correction, its private tensors."""
+        self.model.load(self.initial)
+        if self.federation.adapter.broadcast_frozen:
+            self.model.load(self._content("setup", references) or self.seeded_frozen)
+        self.model.set_base_correction(self._content("correction", references))
+        self.model.load(record.private)
+
+    def _content(self, kind: str, references: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Shared content of a client, kept in memory while clients refer to the same."""
+        key = references.get(kind)
+        if key is None:
+            return {}
+        cached = self._shared_content.get(kind)
+        if cached is None or cached[0] != key:
+            cached = self._shared_content[kind] = (key, self.store.get_shared(key))
+        return cached[1]
+
+
+def batch_order(
+    rows: np.ndarray, batch_size: int, epochs: int, steps: int | None, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Batches of row numbers: a new shuffle each epoch, for ``epochs`` or, when set, exactly ``steps`` steps."""
+    per_epoch = math.ceil(len(rows) / batch_size)
+    total = epochs * per_epoch if steps is None else steps
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = rng.permutation(rows)
+        start = (step % per_epoch) * batch_size
+        yield order[start : start + batch_size]
+
+
+def steps_for(rows: int, batch_size: int, epochs: int, steps: int | None) -> int:
+    """Local steps that :func:`batch_order` takes for a client with ``rows`` rows."""
+    return epochs * math.ceil(rows / batch_size) if steps is None else steps
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], name: str, lr: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+
+
+def _key(kind: str, record: ArrayRecord) -> str:
+    return f"{kind}-{hashlib.blake2b(record[wire.PACKED].data, digest_size=12).hexdigest()}"
+
+
+def client_app(config: Mapping[str, Any], run_dir: str) -> ClientApp:
+    """The Flower ClientApp of a run. ``config`` is the resolved configuration as plain values."""
+    app = ClientApp()
+    values = load_config(config).model_dump_json()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return worker_for(values, run_dir).handle(message)
+
+    return app
+
+
+@lru_cache(maxsize=1)
+def worker_for(config: str, run_dir: str) -> Worker:
+    """The worker of this process for a run, built on first use."""
+    settings = Config.model_validate_json(config)
+    if settings.engine.threads:
+        torch.set_num_threads(settings.engine.threads)
+    return Worker(Federation(settings), ClientStore(Path(run_dir) / "clients"))
+
+
+def instruct(client: str, server_round: int, **more: Any) -> ConfigRecord:
+    """The configuration record that tells a client what to do."""
+    return ConfigRecord({"server-round": server_round, "client-id": client, **more})

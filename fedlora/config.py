@@ -1,0 +1,213 @@
+"""The typed schema of a run: what Hydra composed, checked once, then immutable.
+
+``conf/`` holds the values, this file their names and types. :func:`load_config` turns a composed mapping into a
+:class:`Config` or raises :class:`~fedlora.errors.InputError` naming the setting and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedlora.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of every settings group: unknown keys are refused, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class BackboneConfig(Settings):
+    """The frozen pretrained model: ``minilm`` (packaged) or ``hf`` (hub id or local folder in ``path``)."""
+
+    name: Literal["minilm", "hf"]
+    path: str | None = None
+
+
+class TaskConfig(Settings):
+    """What the model is asked to do. ``name`` is a registered task or an import / file path to a user's task."""
+
+    name: str
+
+
+class SplitConfig(Settings):
+    """How rows are divided. Fractions are per client; ``unseen_clients`` is a fraction of the clients.
+
+    ``public_rows`` rows are taken from clients set aside for the server; they are nobody's training data.
+    """
+
+    validation: Fraction = 0.2
+    test: Fraction = 0.2
+    unseen_clients: Fraction = 0.2
+    public_rows: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _leave_rows_to_train_on(self) -> SplitConfig:
+        if self.validation + self.test >= 1.0:
+            raise ValueError("validation + test must be below 1 so that rows are left to train on")
+        return self
+
+
+class DataConfig(Settings):
+    """Where rows come from and which columns mean what.
+
+    For ``task=causal_lm`` the prompt is ``text`` and the completion is ``label``.
+    """
+
+    name: Literal["rotten_tomatoes", "csv", "jsonl", "parquet", "hf"]
+    path: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    client: str | None = None
+    limit: Count | None = None
+    split: SplitConfig = SplitConfig()
+
+
+class PartitionConfig(Settings):
+    """Who owns which row. ``natural`` uses the data's client column; the others come from flwr-datasets."""
+
+    name: Literal["natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential"]
+    clients: Count | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    classes_per_client: Count | None = None
+    shards_per_client: Count | None = None
+    min_rows: Count = 3
+
+
+class ClientConfig(Settings):
+    """How one client trains in one round. ``local_steps`` replaces ``local_epochs`` when it is set."""
+
+    batch_size: Count
+    local_epochs: Count
+    local_steps: Count | None = None
+    lr: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw", "sgd"]
+    max_length: Annotated[int, Field(ge=4)]
+
+
+class CohortConfig(Settings):
+    """How many clients train in one round; ``null`` means all."""
+
+    size: Count | None
+
+
+class CheckpointConfig(Settings):
+    """A checkpoint is written every ``every`` rounds (0: never, the run cannot be resumed)."""
+
+    every: Annotated[int, Field(ge=0)]
+
+
+class EvalConfig(Settings):
+    """Evaluation happens before the first round, every ``every`` rounds and after the last.
+
+    ``max_rows`` bounds the global validation and test sets, ``max_clients`` the number of seen clients whose own
+    test rows are evaluated (``null``: no bound).
+    """
+
+    every: Count
+    batch_size: Count
+    max_rows: Count | None
+    max_clients: Count | None
+
+
+class EngineConfig(Settings):
+    """What executes client work. ``auto`` chooses and writes its choice into ``config.yaml``."""
+
+    name: Literal["auto", "loop", "flower"]
+    workers: Annotated[int, Field(ge=0)] | None = None
+    threads: Count | None = None
+
+
+class PrivacyConfig(Settings):
+    """Differential privacy; ``none`` is the only choice so far."""
+
+    name: Literal["none"]
+
+
+class TrackingConfig(Settings):
+    """Experiment trackers; ``none`` writes the run folder only."""
+
+    name: Literal["none"]
+
+
+class WireConfig(Settings):
+    """The number format of shared tensors on the wire. Strategies always see fp32."""
+
+    dtype: Literal["fp32", "fp16", "bf16"]
+
+
+class Config(Settings):
+    """One run. ``adapter`` and ``strategy`` are checked by the adapter and the strategy they name."""
+
+    seed: Annotated[int, Field(ge=0)]
+    rounds: Annotated[int, Field(ge=0)]
+    run_dir: str
+    method: str
+    backbone: BackboneConfig
+    task: TaskConfig
+    data: DataConfig
+    partition: PartitionConfig
+    adapter: dict[str, Any]
+    strategy: dict[str, Any]
+    client: ClientConfig
+    cohort: CohortConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+    engine: EngineConfig
+    privacy: PrivacyConfig
+    tracking: TrackingConfig
+    wire: WireConfig
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest valid word, or an empty string."""
+    match = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def load_config(values: Mapping[str, Any]) -> Config:
+    """Check ``values`` (a composed, resolved configuration) against the schema.
+
+    Raises:
+        InputError: a key is unknown, missing or of the wrong type; the message names all of them.
+    """
+    return validate(Config, values)
+
+
+def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "") -> Model:
+    """Build ``model`` from ``values``, explaining every problem with its full key (``prefix.key``)."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_explain(model, problem, prefix) for problem in error.errors()]
+        raise InputError(" ".join(problems)) from None
+
+
+def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join([prefix, *location] if prefix else location) or "the configuration"
+    if problem["type"] == "extra_forbidden":
+        valid = _fields_at(model, location[:-1])
+        return f"Unknown setting '{key}'.{nearest(location[-1], valid)} Valid keys here: {', '.join(valid)}."
+    if problem["type"] == "missing":
+        return f"Setting '{key}' is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"Setting '{key}' = {problem['input']!r} is not valid: {message}."
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,1 @@
+"""From a source of rows to the row numbers of every client: sources, partition, index."""

@@ -1,0 +1,83 @@
+"""Run a model over rows: statistics per row, metrics of groups of rows, and gradients of a public sample."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.model import AdaptedModel
+from fedlora.tasks import Statistics, Task, collate
+from fedlora.tokens import TokenisedRows
+
+Group = TypeVar("Group", bound=Hashable)
+
+
+def row_statistics(
+    model: AdaptedModel, task: Task, tokens: TokenisedRows, rows: np.ndarray, batch_size: int, pad_id: int
+) -> Statistics:
+    """Statistics of every row in the order of ``rows``; batches are sorted by length to waste little padding."""
+    order = np.argsort(tokens.lengths(rows), kind="stable")
+    parts: list[Statistics] = []
+    with torch.no_grad():
+        for batch in _batches(rows[order], batch_size):
+            parts.append(task.statistics(model.module, collate(tokens, batch, pad_id)))
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]} if parts else {}
+
+
+def client_metrics(task: Task, statistics: Mapping[str, Statistics]) -> dict[str, float]:
+    """The main metric over clients: mean, standard deviation, worst client, and mean of the worst tenth of clients."""
+    values = np.sort([task.metrics(of_client)[task.main_metric] for of_client in statistics.values()])
+    decile = max(1, round(len(values) / 10))
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "worst_decile": float(values[:decile].mean()),
+        "worst": float(values[0]),
+    }
+
+
+def split_statistics(statistics: Statistics, sizes: Mapping[Group, int]) -> dict[Group, Statistics]:
+    """Cut statistics of concatenated rows back into one part a group (a client, or a named set)."""
+    parts: dict[Group, Statistics] = {}
+    start = 0
+    for group, size in sizes.items():
+        parts[group] = {name: values[start : start + size] for name, values in statistics.items()}
+        start += size
+    return parts
+
+
+def loss_gradients(
+    model: AdaptedModel, task: Task, tokens: TokenisedRows, rows: np.ndarray, batch_size: int, pad_id: int
+) -> dict[str, Tensor]:
+    """Summed gradient of the loss with respect to each adapted base weight, ``{module: [m, n]}``.
+
+    Each batch's mean loss is weighted by its rows, so the result does not depend on ``batch_size``.
+    """
+    bases = {name: layer.get_base_layer() for name, layer in model.layers.items()}
+    weights: dict[str, Tensor] = {name: base.weight for name, base in bases.items()}  # pyright: ignore
+    model.module.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        for batch in _batches(rows, batch_size):
+            (task.loss(model.module, collate(tokens, batch, pad_id)) * len(batch)).backward()
+        return {
+            name: (weight.grad.T if isinstance(bases[name], Conv1D) else weight.grad).clone()  # pyright: ignore
+            for name, weight in weights.items()
+        }
+    finally:
+        for weight in weights.values():
+            weight.grad = None
+        model.own_trainables()
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,139 @@
+"""Everything a run stands on, built once from the configuration: data, clients, task, backbone, adapter.
+
+The same object serves the server and every worker process; a sweep over methods reuses the data and the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pandas as pd
+
+from fedlora.adapters import Adapter, State, build_adapter
+from fedlora.backbone import Backbone
+from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig, TaskConfig
+from fedlora.data.index import ClientIndex, build_index
+from fedlora.data.partition import assign_clients
+from fedlora.data.sources import load_rows
+from fedlora.errors import InputError
+from fedlora.evaluation import loss_gradients
+from fedlora.model import AdaptedModel
+from fedlora.seeding import numpy_rng
+from fedlora.tasks import Schema, Task, build_task
+from fedlora.tokens import TokenisedRows, cached
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows, their owners and the schema that all clients share."""
+
+    rows: pd.DataFrame
+    schema: Schema
+    index: ClientIndex
+    task: Task
+
+
+@lru_cache(maxsize=2)
+def _dataset(data: str, partition: str, task: str, seed: int) -> Dataset:
+    rows = load_rows(DataConfig.model_validate_json(data))
+    work = build_task(TaskConfig.model_validate_json(task).name)
+    schema = work.schema(rows)
+    partition_config = PartitionConfig.model_validate_json(partition)
+    clients = assign_clients(rows, partition_config, seed)
+    split = DataConfig.model_validate_json(data).split
+    return Dataset(rows, schema, build_index(clients, split, partition_config, seed), work)
+
+
+@lru_cache(maxsize=2)
+def _tokens(data: str, partition: str, task: str, seed: int, backbone: str, max_length: int) -> TokenisedRows:
+    dataset = _dataset(data, partition, task, seed)
+    location = Backbone.from_config(BackboneConfig.model_validate_json(backbone))
+    tokenizer = location.tokenizer()
+    text = pd.util.hash_pandas_object(dataset.rows.drop(columns="client", errors="ignore"), index=False).to_numpy()
+    vocabulary = hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    code = f"{type(dataset.task).__module__}.{type(dataset.task).__qualname__}"
+    return cached(
+        ["1", vocabulary, type(tokenizer).__name__, code, str(max_length), repr(dataset.schema), text.tobytes()],
+        lambda: dataset.task.encode(tokenizer, dataset.rows, dataset.schema, max_length),
+    )
+
+
+class Federation:
+    """The resolved run: who the clients are, what they hold, and how a model for them is built."""
+
+    def __init__(self, config: Config) -> None:
+        """Load the data and check the adapter. Weights and tokens are loaded when first asked for.
+
+        Raises:
+            InputError: a setting or the data cannot work.
+        """
+        self.config = config
+        self.backbone = Backbone.from_config(config.backbone)
+        self.adapter: Adapter = build_adapter(config.adapter)
+        self._key = (
+            config.data.model_dump_json(),
+            config.partition.model_dump_json(),
+            config.task.model_dump_json(),
+            config.seed,
+        )
+        dataset = _dataset(*self._key)
+        self.index, self.schema, self.task = dataset.index, dataset.schema, dataset.task
+        size = config.cohort.size
+        if size is not None and size > len(self.clients):
+            raise InputError(
+                f"cohort.size = {size}, but there are only {len(self.clients)} training clients. "
+                f"Use cohort.size <= {len(self.clients)}, or cohort.size=null for all of them."
+            )
+        if self.adapter.needs_public_sample and len(self.index.public) == 0:
+            raise InputError(
+                "adapter.basis=gradient needs rows that the server may look at: set data.split.public_rows "
+                "(for example 128), or choose adapter.basis=weight or adapter.basis=seeded, which need none."
+            )
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Training clients, sorted by id."""
+        return self.index.clients
+
+    @cached_property
+    def tokens(self) -> TokenisedRows:
+        """All rows as token ids."""
+        return _tokens(*self._key, self.config.backbone.model_dump_json(), self.config.client.max_length)
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token that fills short rows."""
+        return int(self.backbone.tokenizer().pad_token_id or 0)  # pyright: ignore[reportArgumentType]
+
+    def build_model(self) -> AdaptedModel:
+        """Load the backbone, inject the adapter and start it from the seed, without the gradient basis."""
+        overrides = self.task.model_overrides(self.schema, self.backbone.tokenizer())
+        module = self.backbone.load(self.task.auto_class, self.config.seed, **overrides)
+        model = AdaptedModel(module, self.adapter, self.task.head_modules)
+        model.initialise(self.config.seed)
+        return model
+
+    def build_meta_model(self) -> AdaptedModel:
+        """The same model on the meta device: every shape, no weights."""
+        overrides = self.task.model_overrides(self.schema, self.backbone.tokenizer())
+        module = self.backbone.meta(self.task.auto_class, **overrides)
+        return AdaptedModel(module, self.adapter, self.task.head_modules)
+
+    def initialise_on_server(self, model: AdaptedModel) -> None:
+        """Finish what only the server can start: the gradient basis, from its public sample."""
+        if not self.adapter.needs_public_sample:
+            return
+        batch = self.config.eval.batch_size
+        gradients: State = loss_gradients(model, self.task, self.tokens, self.index.public, batch, self.pad_id)
+        model.initialise(self.config.seed, gradients)
+
+    def bounded(self, rows: np.ndarray, purpose: str) -> np.ndarray:
+        """At most ``eval.max_rows`` of ``rows``, the same choice for every method of a seed."""
+        limit = self.config.eval.max_rows
+        if limit is None or len(rows) <= limit:
+            return rows
+        chosen = numpy_rng(self.config.seed, "evaluation", purpose).choice(len(rows), size=limit, replace=False)
+        return rows[np.sort(chosen)]

@@ -1,0 +1,230 @@
+"""The seam between strategies and execution: a stack of Flower Grids.
+
+strategy (ordinary fp32 arrays) -> :class:`CodecGrid` (packing, wire dtype) -> :class:`SetupGrid` (what is sent once)
+-> :class:`MeterGrid` (the ledger) -> engine. Messages are logical: each is addressed to one client of the round's
+cohort, whose node id is a hash of its client id, so any Flower strategy works and every engine counts the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from fedlora import wire
+from fedlora.errors import FedloraError
+from fedlora.ledger import Entry, Ledger
+
+CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
+
+
+def node_of(client: str) -> int:
+    """The logical node id of a client: 62 bits of a hash, the same in every run and on every engine."""
+    return (1 << 62) | (int.from_bytes(hashlib.blake2b(client.encode(), digest_size=8).digest(), "big") >> 2)
+
+
+def error_reply(request: Message, reason: str) -> Message:
+    """The reply of a client that failed."""
+    return Message(Error(CLIENT_ERROR, reason), reply_to=request)
+
+
+class ClientGrid(Grid):
+    """A Grid that knows which client a logical node is. Shows exactly the round's cohort to the strategy."""
+
+    def __init__(self) -> None:
+        self._clients: dict[int, str] = {}
+        self._cohort: tuple[int, ...] = ()
+        self.server_round = 0
+
+    def begin_round(self, server_round: int, cohort: Sequence[str]) -> None:
+        """Set the clients that :meth:`get_node_ids` shows."""
+        self.server_round = server_round
+        self._cohort = tuple(self.address(client) for client in cohort)
+
+    def address(self, client: str) -> int:
+        """The node id to send to ``client``."""
+        node = node_of(client)
+        self._clients[node] = client
+        return node
+
+    def client_of(self, node: int) -> str:
+        """The client behind a node id."""
+        return self._clients[node]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of the round's cohort, in cohort order."""
+        return list(self._cohort)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message (Flower's older way)."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def set_run(self, run: Run) -> None:
+        """Unused: a run has one Grid."""
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return Run.create_empty(run_id=TaskIdentity.run_id)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send all messages and return the replies in the order of the messages."""
+        requests = list(messages)
+        replies = self.exchange(requests, timeout)
+        by_request = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        return [by_request[r.metadata.message_id] for r in requests if r.metadata.message_id in by_request]
+
+    def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
+        """Do the work of :meth:`send_and_receive`; subclasses implement it."""
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refused: rounds are synchronous."""
+        raise FedloraError("this Grid works in synchronous rounds: use send_and_receive in the strategy")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refused: rounds are synchronous."""
+        raise FedloraError("this Grid works in synchronous rounds: use send_and_receive in the strategy")
+
+
+class GridLayer(ClientGrid):
+    """One layer of the stack: changes messages on the way down and replies on the way up."""
+
+    def __init__(self, inner: ClientGrid) -> None:
+        super().__init__()
+        self.inner = inner
+        self._clients = inner._clients
+
+    def begin_round(self, server_round: int, cohort: Sequence[str]) -> None:
+        """Pass the cohort down the stack."""
+        super().begin_round(server_round, cohort)
+        self.inner.begin_round(server_round, cohort)
+
+    def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
+        """Send what :meth:`down` makes of each request, and make replies with :meth:`up`."""
+        lower = [self.down(request) for request in requests]
+        replies = {r.metadata.reply_to_message_id: r for r in self.inner.exchange(lower, timeout)}
+        pairs = ((request, replies.get(request.metadata.message_id)) for request in lower)
+        return [self.up(request, reply) for request, reply in pairs if reply is not None]
+
+    def down(self, request: Message) -> Message:
+        """Change a message on its way to the client."""
+        return request
+
+    def up(self, request: Message, reply: Message) -> Message:
+        """Change a reply on its way to the strategy."""
+        return reply
+
+
+class CodecGrid(GridLayer):
+    """Packs arrays into one buffer of the wire dtype, and checks and unpacks what comes back.
+
+    A reply that does not fit the layout or holds a number that is not finite becomes an error of that client.
+    """
+
+    def __init__(self, inner: ClientGrid, layout: wire.Layout, dtype: str) -> None:
+        super().__init__(inner)
+        self.layout = layout
+        self.dtype = dtype
+        self._packed: tuple[ArrayRecord, ArrayRecord] | None = None
+        self._sent = 0
+
+    def down(self, request: Message) -> Message:
+        """Pack the arrays (once for a broadcast) and address the message to its client."""
+        content = RecordDict()
+        for name, record in request.content.items():
+            if isinstance(record, ArrayRecord):
+                record = self._pack(record, name)
+            content[name] = record.__class__(dict(record)) if name == "config" else record
+        content.config_records["config"]["client-id"] = self.client_of(request.metadata.dst_node_id)
+        packed = Message(content, request.metadata.dst_node_id, request.metadata.message_type)
+        self._sent += 1
+        for message in (request, packed):
+            message.metadata.__dict__["_message_id"] = f"{self._sent:064x}"
+        return packed
+
+    def up(self, request: Message, reply: Message) -> Message:
+        """Unpack into ordinary arrays, or turn the reply into an error that says what is wrong with it."""
+        if reply.has_error():
+            return reply
+        content = RecordDict(dict(reply.content))
+        if "arrays" in content:
+            try:
+                state = wire.unpack(content.array_records["arrays"], self.layout, self.dtype)
+                broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
+                if broken:
+                    raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
+            except FedloraError as error:
+                return error_reply(request, f"refused reply: {error}")
+            content["arrays"] = wire.to_record(state)
+        return Message(content, reply_to=request)
+
+    def _pack(self, record: ArrayRecord, name: str) -> ArrayRecord:
+        if self._packed is None or self._packed[0] is not record:
+            dtype = self.dtype if name == "arrays" else "fp32"
+            packed = wire.pack(wire.from_record(record), dtype)
+            if name != "arrays":
+                return packed
+            self._packed = (record, packed)
+        return self._packed[1]
+
+
+class SetupGrid(GridLayer):
+    """Adds what a client must receive once (a basis) until the client has answered."""
+
+    def __init__(self, inner: ClientGrid, setup: Mapping[str, Tensor], delivered: Iterable[str] = ()) -> None:
+        super().__init__(inner)
+        self.setup = wire.pack(setup) if setup else None
+        self.delivered = set(delivered)
+
+    def down(self, request: Message) -> Message:
+        """Attach the setup where it is missing."""
+        if self.setup is not None and self.client_of(request.metadata.dst_node_id) not in self.delivered:
+            request.content["setup"] = self.setup
+        return request
+
+    def up(self, request: Message, reply: Message) -> Message:
+        """Remember who has it; a client that failed may have lost it."""
+        client = self.client_of(request.metadata.dst_node_id)
+        (self.delivered.discard if reply.has_error() else self.delivered.add)(client)
+        return reply
+
+
+class MeterGrid(GridLayer):
+    """Writes one ledger entry for every message: payload, setup and the exact length of the serialised message."""
+
+    def __init__(self, inner: ClientGrid, ledger: Ledger) -> None:
+        super().__init__(inner)
+        self.ledger = ledger
+
+    def down(self, request: Message) -> Message:
+        """Record the message to the client."""
+        self._record(request, request, "down")
+        return request
+
+    def up(self, request: Message, reply: Message) -> Message:
+        """Record the reply."""
+        self._record(request, reply, "up", reply.error.reason if reply.has_error() else "ok")
+        return reply
+
+    def _record(self, request: Message, message: Message, direction: str, status: str = "ok") -> None:
+        records = message.content.array_records if message.has_content() else {}
+        self.ledger.add(
+            Entry(
+                round=self.server_round,
+                client=self.client_of(request.metadata.dst_node_id),
+                direction=direction,
+                payload=sum(wire.tensor_bytes(record) for name, record in records.items() if name != "setup"),
+                setup=sum(wire.tensor_bytes(record) for name, record in records.items() if name == "setup"),
+                message=wire.message_bytes(message),
+                status=status.splitlines()[0][:200] if status else "error",
+            )
+        )
+

@@ -1,0 +1,82 @@
+"""The ledger of communication: one row a message, as it travelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message.
+
+    Attributes:
+        round: server round, from 1.
+        client: client id.
+        direction: ``down`` (to the client) or ``up``.
+        payload: tensor bytes, without setup.
+        setup: tensor bytes sent once, such as a basis.
+        message: length of the serialised message that carries both.
+        status: ``ok`` or why the message was not used.
+    """
+
+    round: int
+    client: str
+    direction: str
+    payload: int
+    setup: int
+    message: int
+    status: str = "ok"
+
+
+COLUMNS = ("round", "client", "direction", "payload", "setup", "message", "status")
+
+
+class Ledger:
+    """Entries in the order they were made, with totals per round."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.entries = list(entries)
+
+    def add(self, entry: Entry) -> None:
+        """Append one message."""
+        self.entries.append(entry)
+
+    def round_totals(self, server_round: int) -> dict[str, int]:
+        """``payload_up``, ``payload_down``, ``message_up``, ``message_down`` and ``setup_bytes`` of one round."""
+        entries = [entry for entry in self.entries if entry.round == server_round]
+        return _totals(entries)
+
+    def totals(self) -> dict[str, int]:
+        """The same sums over the whole run."""
+        return _totals(self.entries)
+
+    def frame(self) -> pd.DataFrame:
+        """All entries as a table."""
+        return pd.DataFrame([asdict(entry) for entry in self.entries], columns=list(COLUMNS))
+
+    def write(self, path: Path) -> None:
+        """Write the table as parquet, atomically."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        self.frame().astype({"client": "str", "direction": "str", "status": "str"}).to_parquet(temporary, index=False)
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """Read a table written by :meth:`write`."""
+        return cls(Entry(**{str(key): value for key, value in row.items()}) for row in pd.read_parquet(path).to_dict("records"))
+
+
+def _totals(entries: list[Entry]) -> dict[str, int]:
+    up = [entry for entry in entries if entry.direction == "up"]
+    down = [entry for entry in entries if entry.direction == "down"]
+    return {
+        "payload_up": sum(entry.payload for entry in up),
+        "payload_down": sum(entry.payload for entry in down),
+        "message_up": sum(entry.message for entry in up),
+        "message_down": sum(entry.message for entry in down),
+        "setup_bytes": sum(entry.setup for entry in entries),
+    }

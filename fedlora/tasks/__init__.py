@@ -1,0 +1,16 @@
+"""Tasks: what the model is asked to do. One file a task."""
+
+from fedlora.tasks import causal_lm, classification
+from fedlora.tasks.base import Batch, Schema, Statistics, Task, build_task, collate, register
+
+__all__ = [
+    "Batch",
+    "Schema",
+    "Statistics",
+    "Task",
+    "build_task",
+    "causal_lm",
+    "classification",
+    "collate",
+    "register",
+]

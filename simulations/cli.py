@@ -1,0 +1,87 @@
+"""The command ``fedlora``: a thin front end that sorts flags from Hydra overrides and explains errors.
+
+Heavy libraries are imported only by the command that needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+DESCRIPTION = """\
+Federated LoRA fine-tuning: simulate, compare, then deploy the same configuration.
+
+  fedlora simulate experiment=demo              seven methods on real data, one table
+  fedlora simulate method=fed_sb rounds=20      one run; every setting is group=option or key=value
+  fedlora simulate -m method=fedit,ffa seed=1,2 a sweep over all combinations
+  fedlora plan --compare                        bytes, parameters and memory before anything runs
+  fedlora methods                               what method=... can be
+  fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted"""
+
+SETTINGS = """\
+settings (key=value, as in conf/config.yaml):
+  method=fedit|ffa|fedex|fed_sb|local|central|zero_shot      sets adapter, strategy and client.lr
+  data=rotten_tomatoes|csv|jsonl|parquet|hf  data.path=FILE  data.text=COL  data.label=COL  data.client=COL
+  partition=natural|iid|dirichlet|pathological|...           who owns which row
+  backbone=minilm|hf  backbone.path=FOLDER                   the frozen model
+  adapter.rank=8  adapter.target_modules=[query,value]  adapter.head=shared|private|frozen
+  strategy._target_=./mine.py:Mine                           a strategy of your own, or any of Flower's
+  rounds=10  cohort.size=12  client.lr=2e-3  client.local_epochs=1  seed=1  run_dir=runs/mine"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 ok, 1 the run failed, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags, overrides = sort_arguments(arguments)
+    parser = _parser()
+    options = parser.parse_args(flags)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    if options.command in ("methods", "resume") and overrides:
+        parser.error(f"'{options.command}' takes no settings, got {overrides[0]!r}")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    working_directory = os.getcwd()
+    if working_directory not in sys.path:
+        sys.path.append(working_directory)
+    from simulations import commands
+
+    return commands.run(options, overrides)
+
+
+def sort_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split into flags and words for argparse, and Hydra overrides (anything with ``=``, and ``~group``)."""
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return [a for a in arguments if a not in overrides], overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("fedlora", description=DESCRIPTION, epilog=SETTINGS, formatter_class=layout)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(name: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=layout)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return sub
+
+    simulate = command("simulate", "run a federation on this machine, or a sweep of them with -m", SETTINGS)
+    simulate.add_argument("-m", "--multirun", action="store_true", help="sweep over comma-separated values")
+    simulate.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
+    plan = command("plan", "what a run will send, hold and compute, without running it", SETTINGS)
+    plan.add_argument("--compare", action="store_true", help="one row for every method")
+    plan.add_argument("--json", action="store_true", help="print one JSON document")
+    plan.add_argument("--bandwidth", type=float, default=10.0, metavar="MBIT", help="link speed in Mbit/s (default 10)")
+    methods = command("methods", "list the methods: adapter, strategy, exactness, learning rate")
+    methods.add_argument("--json", action="store_true", help="print one JSON document")
+    resume = command("resume", "finish an interrupted run with the same bits")
+    resume.add_argument("run", metavar="RUN", help="the run folder")
+    resume.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The commands behind ``fedlora``: each returns an exit status; errors become one paragraph."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
+
+from fedlora.errors import FedloraError
+from simulations import compose, plan, tables
+from simulations.simulate import resume, start
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Execute the chosen command and return its exit status."""
+    try:
+        return COMMANDS[options.command](options, list(overrides))
+    except compose.HYDRA_ERRORS as error:
+        return _report(compose.explain(error), options.debug)
+    except FedloraError as error:
+        return _report(error, options.debug)
+    except KeyboardInterrupt:
+        print("\nInterrupted. An unfinished run can be finished with 'fedlora resume RUN'.", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        message = FedloraError(f"{type(error).__name__}: {error}. This is a fault of fedlora; --debug shows where.")
+        return _report(message, False)
+
+
+def _simulate(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Run or sweep through Hydra, then print the table."""
+    finished: list[dict[str, Any]] = []
+    failures: list[FedloraError] = []
+    folders: list[Path] = []
+
+    def job(composed: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        folders.append(folder)
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        try:
+            finished.append(start(compose.to_config(composed), folder, merged=options.merged))
+        except FedloraError as error:
+            if not sweeping:
+                raise
+            failures.append(error)
+            _report(error, options.debug)
+        finally:
+            _remove_if_empty(folder)
+
+    arguments = [*(["--multirun"] if options.multirun else []), *compose.prepare_overrides(overrides)]
+    command_line, sys.argv = sys.argv, ["fedlora", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="config")(job)()
+    finally:
+        sys.argv = command_line
+        for folder in folders:
+            _remove_if_empty(folder)
+            _remove_if_empty(folder.parent)
+    console = Console()
+    if finished:
+        console.print(tables.comparison(finished))
+        console.print(tables.caption(finished))
+        console.print(Text(f"Run folder: {folders[0] if len(folders) == 1 else folders[0].parent}"))
+    return max((failure.exit_code for failure in failures), default=0)
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.compare:
+        others = [o for o in overrides if not o.startswith("method=")]
+        plans = [plan.plan_run(compose.compose_config([*others, f"method={m}"])) for m in compose.options("method")]
+    else:
+        plans = [plan.plan_run(compose.compose_config(overrides))]
+    if options.json:
+        document = plans if options.compare else plans[0]
+        print(json.dumps({"methods": document} if options.compare else document, indent=2))
+    else:
+        Console().print(tables.plans(plans, options.bandwidth))
+    return 0
+
+
+def _methods(options: argparse.Namespace, overrides: list[str]) -> int:
+    listing = plan.list_methods()
+    if options.json:
+        print(json.dumps({"methods": listing}, indent=2))
+    else:
+        Console().print(tables.methods(listing))
+    return 0
+
+
+def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
+    summary = resume(Path(options.run), merged=options.merged)
+    console = Console()
+    console.print(tables.comparison([summary]))
+    console.print(tables.caption([summary]))
+    return 0
+
+
+COMMANDS = {"simulate": _simulate, "plan": _plan, "methods": _methods, "resume": _resume}
+
+
+def _report(error: FedloraError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    return error.exit_code
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

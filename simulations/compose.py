@@ -1,0 +1,95 @@
+"""Compose a configuration with Hydra, and explain what Hydra refuses in our own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlora.config import Config, load_config, nearest
+from fedlora.errors import InputError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def prepare_overrides(overrides: Iterable[str]) -> list[str]:
+    """Open the strategy node: any ``strategy.key=value`` may be new, and a ``_target_`` means ``strategy=custom``."""
+    overrides = list(overrides)
+    targeted = any(o.startswith("strategy._target_=") for o in overrides)
+    chosen = any(o.startswith("strategy=") for o in overrides)
+    opened = [f"++{o}" if o.startswith("strategy.") else o for o in overrides]
+    return ["strategy=custom", *opened] if targeted and not chosen else opened
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Compose, resolve and check one configuration.
+
+    Raises:
+        InputError: an override or a value is not valid.
+    """
+    try:
+        return to_config(_compose(prepare_overrides(overrides)))
+    except HYDRA_ERRORS as error:
+        raise explain(error) from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Check a composed configuration against the typed schema."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise InputError(f"Setting '{missing[0]}' has no default: give {missing[0]}=VALUE.")
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    values.pop("hydra", None)
+    return load_config(values)
+
+
+def options(group: str) -> list[str]:
+    """The options of a configuration group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def explain(error: BaseException) -> InputError:
+    """Turn an error of Hydra or OmegaConf into one paragraph that names the setting and the nearest valid one."""
+    text = str(error.__cause__ or error) if isinstance(error, ConfigCompositionException) else str(error)
+    if isinstance(error, MissingConfigException):
+        missing = str(error.missing_cfg_file or "")
+        group, _, name = missing.rpartition("/")
+        if group and (CONF / group).is_dir():
+            known = options(group)
+            return InputError(f"There is no {group}={name}.{nearest(name, known)} Options: {', '.join(known)}.")
+    key = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"Key '([^']+)' is not in struct", text)
+    if key:
+        return InputError(_unknown_key(key.group(1)))
+    if isinstance(error, OverrideParseException):
+        return InputError(f"The override {error.override!r} cannot be read: {text.splitlines()[0]}")
+    return InputError(f"The configuration does not compose: {text.strip().splitlines()[0]}")
+
+
+def _unknown_key(key: str) -> str:
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    valid = [*_keys(_compose([])), *groups]
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in valid if name.rpartition(".")[0] == parent]
+    return f"Unknown setting '{key}'.{nearest(key, valid)} Valid keys here: {', '.join(siblings) or ', '.join(groups)}."
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in node:
+        key = f"{prefix}{name}"
+        yield key
+        if OmegaConf.is_dict(node._get_node(name)):  # type: ignore[arg-type]
+            yield from _keys(node._get_node(name), f"{key}.")  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Engines: what executes client work. All give the same numbers."""

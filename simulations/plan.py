@@ -1,0 +1,222 @@
+"""What a run will send, hold and compute, before anything runs.
+
+The plan runs the real sampler and the real strategy on the meta device, so that its bytes are the ledger's bytes
+when no client fails. It reads the data (for the client index and the row lengths) but no weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+import yaml
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora import wire
+from fedlora.adapters import State, registered
+from fedlora.client import steps_for
+from fedlora.config import Config
+from fedlora.federation import Federation
+from fedlora.grid import node_of
+from fedlora.model import AdaptedModel
+from fedlora.plugins import load_object
+from simulations.compose import CONF, options
+from simulations.sampler import cohort
+from strategies.base import FederatedStrategy, Outgoing, Reply, weights
+from strategies.build import build_strategy
+
+FP32 = 4
+
+
+def plan_run(config: Config) -> dict[str, Any]:
+    """Return the plan of one run: parameters and bytes per client and round, per run, memory and work.
+
+    ``upload_params``, ``download_params`` are per client and round (the mean where rounds differ), ``setup_params``
+    once per client; ``total_bytes`` is every message of the run.
+
+    Raises:
+        InputError: as the run itself would.
+    """
+    federation = Federation(config)
+    model = federation.build_meta_model()
+    strategy = build_strategy(config.strategy)
+    ours = strategy if isinstance(strategy, FederatedStrategy) else None
+    if ours is not None:
+        ours.prepare(model)
+    rounds = config.rounds if ours is None or ours.trains else 0
+    trainable = sum(prod(shape) for shape in model.shapes(model.trainable).values())
+    traffic = _traffic(federation, model, ours, rounds)
+    messages = max(traffic["clients"], 1)
+    setup = sum(prod(s) for s in model.shapes(model.frozen).values()) if federation.adapter.broadcast_frozen else 0
+    communicates = ours is None or ours.communicates
+    itemsize = wire.DTYPES[config.wire.dtype].itemsize
+    return {
+        "method": config.method,
+        "label": config.method + federation.adapter.label.removeprefix(federation.adapter.config.name) * bool(rounds),
+        "rounds": rounds,
+        "clients_per_round": traffic["clients"] / max(rounds, 1),
+        "trainable_params": trainable if rounds else 0,
+        "upload_params": round(traffic["payload_up"] / messages / itemsize) if communicates else 0,
+        "download_params": round(traffic["params_down"] / messages) if communicates else 0,
+        "setup_params": setup if communicates and rounds else 0,
+        "payload_up_per_client": traffic["payload_up"] / messages,
+        "payload_down_per_client": traffic["payload_down"] / messages,
+        "setup_bytes_per_client": setup * FP32 if communicates and rounds else 0,
+        "message_bytes_per_client_round": (traffic["message_up"] + traffic["message_down"]) / messages,
+        **{key: traffic[key] for key in ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")},
+        "total_bytes": traffic["message_up"] + traffic["message_down"],
+        "per_round": traffic["per_round"],
+        "client_memory_bytes": _client_memory(federation, model, trainable),
+        "client_flops_per_round": _client_flops(federation, model) if rounds else 0,
+    }
+
+
+def _traffic(
+    federation: Federation, model: AdaptedModel, ours: FederatedStrategy | None, rounds: int
+) -> dict[str, Any]:
+    """Payload, setup and message bytes of every round, from the real sampler and strategy on meta tensors."""
+    config = federation.config
+    shared: State = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.shared).items()}
+    setup = sum(prod(s) for s in model.shapes(model.frozen).values()) * FP32
+    itemsize = wire.DTYPES[config.wire.dtype].itemsize
+    delivered: set[str] = set()
+    per_round: list[dict[str, int]] = []
+    total: dict[str, int] = defaultdict(int)
+    counted = ours is None or ours.communicates
+    for server_round in range(1, rounds + 1):
+        chosen = cohort(config, federation.clients, server_round)
+        examples = [len(federation.index.train[client]) for client in chosen]
+        sums: dict[str, int] = defaultdict(int)
+        replies = []
+        for client, count, share in zip(chosen, examples, weights(examples, "examples"), strict=True):
+            out = ours.send(client, server_round, shared) if counted and ours is not None else Outgoing(shared)
+            correction = out.correction.tensors() if out.correction is not None else {}
+            header = out.correction.header() if out.correction is not None else None
+            down = _numbers(out.state) * itemsize
+            extra = _numbers(correction) * FP32
+            once = setup if federation.adapter.broadcast_frozen and client not in delivered else 0
+            delivered.add(client)
+            up = _numbers(shared) * itemsize
+            sums["payload_down"] += down + extra
+            sums["params_down"] += _numbers(out.state) + _numbers(correction)
+            sums["setup_bytes"] += once
+            sums["payload_up"] += up
+            sums["message_down"] += _message_down(
+                node_of(client), client, server_round, config.wire.dtype, down, extra, once, header
+            )
+            sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up)
+            replies.append(Reply(client, shared, count, share, 0.0))
+        if not counted:
+            sums = defaultdict(int)
+        elif ours is not None:
+            shared = ours.fold(server_round, shared, replies)
+        total["clients"] += len(chosen)
+        for key, value in sums.items():
+            total[key] += value
+        keys = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
+        per_round.append({"round": server_round, **{key: sums[key] for key in keys}})
+    return defaultdict(int, total) | {"per_round": per_round}  # type: ignore[return-value]
+
+
+def _numbers(state: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in state.values())
+
+
+@lru_cache(maxsize=4096)
+def _message_down(
+    node: int, client: str, server_round: int, dtype: str, arrays: int, correction: int, setup: int, header: str | None
+) -> int:
+    """Length of the message to a client, from a message with as many bytes."""
+    content = RecordDict({"arrays": _blank(dtype, arrays)})
+    instructions: dict[str, Any] = {"server-round": server_round}
+    if header is not None:
+        content["correction"] = _blank("fp32", correction)
+        instructions["correction"] = header
+    content["config"] = ConfigRecord({**instructions, "client-id": client})
+    if setup:
+        content["setup"] = _blank("fp32", setup)
+    return wire.message_bytes(_request(content, node))
+
+
+@lru_cache(maxsize=4096)
+def _message_up(node: int, examples: int, dtype: str, arrays: int) -> int:
+    """Length of a reply."""
+    request = _request(RecordDict({"config": ConfigRecord()}), node)
+    request.metadata.__dict__["_message_id"] = "0" * 64
+    metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5})
+    return wire.message_bytes(Message(RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}), reply_to=request))
+
+
+def _request(content: RecordDict, node: int) -> Message:
+    if TaskIdentity._run_id is None:
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    return Message(content, node, MessageType.TRAIN)
+
+
+def _blank(dtype: str, size: int) -> ArrayRecord:
+    array = wire.pack({}, dtype)[wire.PACKED]
+    shape = (size // wire.DTYPES[dtype].itemsize,)
+    return ArrayRecord({wire.PACKED: Array(dtype=array.dtype, shape=shape, stype=array.stype, data=bytes(size))})
+
+
+def _client_memory(federation: Federation, model: AdaptedModel, trainable: int) -> int:
+    """Estimate: fp32 weights, gradients and two Adam moments of the trainables, and activations of one batch.
+
+    About 24 floats a token, hidden unit and layer are kept for the backward pass of a frozen transformer layer, and
+    one attention matrix a head.
+    """
+    settings = federation.config.client
+    config = federation.backbone.config()
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    tokens = settings.batch_size * settings.max_length
+    activations = layers * tokens * (24 * hidden + heads * settings.max_length)
+    weights_count = sum(parameter.numel() for parameter in model.module.parameters())
+    return FP32 * (weights_count + 3 * trainable + activations)
+
+
+def _client_flops(federation: Federation, model: AdaptedModel) -> float:
+    """Mean work of a client in a round: 4 FLOPs a token and matrix weight (forward, and backward to inputs only)."""
+    settings = federation.config.client
+    matrices = sum(
+        int(layer.weight.numel()) for layer in model.module.modules() if isinstance(layer, nn.Linear | Conv1D)
+    )
+    train = federation.index.train
+    tokens = 0.0
+    for rows in train.values():
+        steps = steps_for(len(rows), settings.batch_size, settings.local_epochs, settings.local_steps)
+        visits = steps * settings.batch_size if settings.local_steps else settings.local_epochs * len(rows)
+        tokens += float(federation.tokens.lengths(rows).mean()) * visits
+    return 4.0 * matrices * tokens / len(train)
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Every method of ``conf/method``: adapter, strategy, exactness, learning rate and its description."""
+    return [_method(name) for name in options("method")]
+
+
+def _method(name: str) -> dict[str, Any]:
+    path = CONF / "method" / f"{name}.yaml"
+    text = path.read_text()
+    values = yaml.safe_load(text)
+    choices = {key.split("/")[-1]: value for entry in values["defaults"] for key, value in entry.items()}
+    strategy = yaml.safe_load((CONF / "strategy" / f"{choices['strategy']}.yaml").read_text())
+    target = load_object(strategy["_target_"], "strategy._target_")
+    comments: Sequence[str] = [line[2:] for line in text.splitlines() if line.startswith("# ")]
+    return {
+        "method": name,
+        "adapter": choices["adapter"],
+        "strategy": choices["strategy"],
+        "exact": target.exact,
+        "affine": registered()[choices["adapter"]].affine,
+        "lr": float(values["client"]["lr"]),
+        "description": comments[2],
+    }

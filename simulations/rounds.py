@@ -1,0 +1,209 @@
+"""The round loop: select, train, aggregate, evaluate, write down. The same for every strategy and engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp.strategy import Strategy
+
+from fedlora import wire
+from fedlora.adapters import State
+from fedlora.client import Worker
+from fedlora.errors import FedloraError, InputError
+from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid
+from fedlora.ledger import Ledger
+from fedlora.lowrank import LowRank, relative_distance, weighted_mean
+from simulations import checkpoint
+from simulations.callbacks import Callback
+from simulations.evaluator import Evaluation, Evaluator
+from simulations.run_folder import RunFolder
+from simulations.sampler import cohort
+from strategies.base import FederatedStrategy, weights
+from strategies.build import build_strategy
+
+PHASES = ("select", "train", "aggregate", "evaluate", "other")
+log = logging.getLogger("fedlora")
+
+
+class FederatedRun:
+    """One run: its global state, its strategy, its ledger. Made new or from a checkpoint, then :meth:`finish`-ed."""
+
+    def __init__(self, worker: Worker, folder: RunFolder, callbacks: Sequence[Callback] = ()) -> None:
+        """Prepare a run in ``folder``, continuing from its checkpoint if there is one."""
+        self.federation = worker.federation
+        self.config = worker.federation.config
+        self.folder = folder
+        self.callbacks = callbacks
+        self.strategy: Strategy = build_strategy(self.config.strategy)
+        self.ours = self.strategy if isinstance(self.strategy, FederatedStrategy) else None
+        if self.ours is not None:
+            self.ours.prepare(worker.model)
+        self.rounds = self.config.rounds if self.ours is None or self.ours.trains else 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        saved = checkpoint.load(folder.checkpoint)
+        if saved is None:
+            self.federation.initialise_on_server(worker.model)
+            self.state: State = worker.model.read(worker.model.shared)
+            self.frozen: State = worker.model.read(worker.model.frozen)
+            self.ledger, self.completed, self.best = Ledger(), -1, None
+            delivered: list[str] = []
+        else:
+            at, self.ledger = saved
+            self.state, self.frozen, self.completed, self.best = at.state, at.frozen, at.round, at.best
+            checkpoint.restore_strategy(self.strategy, at.strategy)
+            delivered = at.delivered
+        folder.truncate_rounds(self.completed)
+        self._saved_round = self.completed
+        self._delivered = set(delivered)
+        self.worker = worker
+        self.evaluator = Evaluator(worker, self.frozen)
+        self.last: Evaluation | None = None
+
+    def connect(self, engine: ClientGrid) -> ClientGrid:
+        """Stack codec, setup and meter on an engine."""
+        grid = MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
+        setup = self.frozen if self.federation.adapter.broadcast_frozen else {}
+        setup_grid = SetupGrid(grid, setup, self._delivered)
+        self._delivered = setup_grid.delivered
+        return CodecGrid(setup_grid, self.worker.model.shapes(self.worker.model.shared), self.config.wire.dtype)
+
+    def run(self, engine: ClientGrid) -> None:
+        """Run all rounds that are left.
+
+        Raises:
+            FedloraError: no client of a round returned a usable reply.
+        """
+        grid = self.connect(engine)
+        self._tell(lambda c: c.on_start(self.config.method, self.rounds, max(self.completed, 0)))
+        if self.completed < 0:
+            self._complete(0, (), None, {}, None)
+        for server_round in range(self.completed + 1, self.rounds + 1):
+            self._round(server_round, grid)
+
+    def _round(self, server_round: int, grid: ClientGrid) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        with self._clock("select"):
+            chosen = cohort(self.config, self.federation.clients, server_round)
+            grid.begin_round(server_round, chosen)
+            before = wire.to_record(self.state)
+            messages = self.strategy.configure_train(server_round, before, ConfigRecord(), grid)
+            self._tell(lambda c: c.on_round_start(server_round, len(chosen)))
+        with self._clock("train"):
+            replies = list(grid.send_and_receive(messages))
+        failures = self._failures(server_round, chosen, replies, grid)
+        with self._clock("aggregate"):
+            usable = [reply for reply in replies if not reply.has_error()]
+            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+            if arrays is not None:
+                self.state = wire.from_record(arrays)
+            error = self._aggregation_error(usable, arrays)
+        loss = None if metrics is None else metrics.get("train_loss")
+        self._complete(server_round, chosen, loss, failures, error)
+
+    def _failures(
+        self, server_round: int, chosen: Sequence[str], replies: list[Message], grid: ClientGrid
+    ) -> dict[str, str]:
+        failed = {grid.client_of(r.metadata.src_node_id): r.error.reason for r in replies if r.has_error()}
+        for client, reason in failed.items():
+            log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
+        if replies and len(failed) == len(replies):
+            client, reason = next(iter(failed.items()))
+            kind = InputError if reason.startswith("the loss is") else FedloraError
+            raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
+        return failed
+
+    def _aggregation_error(self, usable: list[Message], arrays: ArrayRecord | None) -> float | str:
+        """The error of this round, or the reason why it has no meaning."""
+        if self.ours is not None and self.ours.exact is None:
+            return "no aggregation"
+        if arrays is None or not usable:
+            return "no replies"
+        examples = [int(m.content.metric_records["metrics"]["num-examples"]) for m in usable]  # pyright: ignore
+        shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
+        expected = weighted_mean([self._delta(wire.from_record(m.content.array_records["arrays"])) for m in usable], shares)
+        actual = self._delta(self.state)
+        if self.ours is not None:
+            for module, residual in self.ours.residual().items():
+                actual[module] = actual[module] + residual
+        return relative_distance(expected, actual)
+
+    def _delta(self, state: State) -> dict[str, LowRank]:
+        return self.federation.adapter.delta({**self.frozen, **state})
+
+    def _complete(
+        self,
+        server_round: int,
+        chosen: Sequence[str],
+        loss: Any,
+        failures: dict[str, str],
+        error: float | str | None,
+    ) -> None:
+        """Evaluate if it is time, write the round down, checkpoint."""
+        started = time.perf_counter()
+        every = self.config.eval.every
+        evaluation = None
+        if server_round % every == 0 or server_round == self.rounds:
+            with self._clock("evaluate"):
+                evaluation = self.evaluator.evaluate(self.ours, self.state, server_round)
+                self.last = evaluation
+                self._keep_best(server_round, evaluation)
+        measured = isinstance(error, float)
+        record = {
+            "round": server_round,
+            "loss": loss,
+            "metrics": evaluation.metrics if evaluation else {},
+            "clients": evaluation.clients if evaluation else None,
+            **self.ledger.round_totals(server_round),
+            "aggregation_error": error if measured else None,
+            "aggregation_error_reason": None if measured else (error or "before the first round"),
+            "cohort": list(chosen),
+            "failures": failures,
+            "seconds": {},
+            "epsilon": None,
+        }
+        self.completed = server_round
+        self.seconds["other"] = time.perf_counter() - started - self.seconds["evaluate"]
+        record["seconds"] = {phase: round(value, 6) for phase, value in self.seconds.items()}
+        self.folder.append_round(record)
+        self._tell(lambda c: c.on_round_end(record))
+        self._checkpoint(server_round, chosen)
+
+    def _checkpoint(self, server_round: int, chosen: Sequence[str]) -> None:
+        every = self.config.checkpoint.every
+        if not every or not (server_round % every == 0 or server_round == self.rounds):
+            return
+        state = checkpoint.Checkpoint(
+            round=server_round,
+            state=self.state,
+            frozen=self.frozen,
+            strategy=checkpoint.strategy_state(self.strategy),
+            delivered=sorted(self._delivered),
+            best=self.best,
+        )
+        checkpoint.save(self.folder.checkpoint, state, self.ledger, self._saved_round)
+        self._saved_round = server_round
+        for client in chosen:
+            self.folder.store.prune(client, server_round)
+
+    def _keep_best(self, server_round: int, evaluation: Evaluation) -> None:
+        key = f"validation_{self.federation.task.main_metric}"
+        value = evaluation.metrics.get(key)
+        if value is not None and (self.best is None or value > self.best["metrics"][key]):
+            self.best = {"round": server_round, "metrics": evaluation.metrics, "clients": evaluation.clients}
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
+
+    def _tell(self, event: Callable[[Callback], None]) -> None:
+        for callback in self.callbacks:
+            event(callback)

@@ -1,0 +1,109 @@
+"""Tables for people: the comparison of finished runs, the plan, the list of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a run: accuracy, clients, bytes, exactness, time."""
+    metric = summaries[0]["main_metric"].replace("_", " ")
+    table = Table(title=f"{metric}, last round", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in (
+        "valid", "test", "client mean", "worst 10%", "up/round", "down/round", "setup", "agg. error", "seconds",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    for summary in summaries:
+        final, name = summary["final"], summary["main_metric"]
+        clients = final["clients"] or {}
+        sent = summary["communicates"]
+        error = summary["aggregation_error"]
+        table.add_row(
+            summary["label"],
+            _number(final["metrics"].get(f"validation_{name}")),
+            _number(final["metrics"].get(f"test_{name}")),
+            _number(clients.get("mean")),
+            _number(clients.get("worst_decile")),
+            human_bytes(summary["per_round"]["payload_up"]) if sent else "-",
+            human_bytes(summary["per_round"]["payload_down"]) if sent else "-",
+            human_bytes(summary["totals"]["setup_bytes"]) if sent else "-",
+            "-" if error is None else f"{error['max']:.1e}",
+            f"{summary['seconds']['total']:.1f}",
+        )
+    return table
+
+
+def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
+    """What the reader must know to read the table."""
+    seeds = sorted({summary["seed"] for summary in summaries})
+    clients = summaries[0]["clients"]
+    lines = [
+        f"{clients['population']} training clients, {clients['unseen']} unseen ones (test); "
+        f"{clients['evaluated']} seen clients on their own test rows (client mean, worst 10%).",
+        "Payload bytes: tensors of the whole cohort in a round; setup: sent once, over the run. "
+        "agg. error: largest of any round.",
+    ]
+    if len(summaries) > 1 and len(seeds) == 1:
+        lines.append(f"One seed ({seeds[0]}): a demonstration, not a ranking.")
+    return Text("\n".join(lines), style="dim")
+
+
+def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
+    """One row a method: parameters, bytes, memory, work and time on the link."""
+    table = Table(
+        title=f"{items[0]['rounds']} rounds, {items[0]['clients_per_round']:.0f} clients a round, {bandwidth:g} Mbit/s",
+        title_justify="left",
+    )
+    table.add_column("method", no_wrap=True)
+    for column in (
+        "trainable", "up/client", "down/client", "setup/client", "up/round", "down/round", "run total", "link s/round",
+        "client memory", "client TFLOP/round",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for item in items:
+        link = item["message_bytes_per_client_round"] * 8 / (bandwidth * 1e6)
+        table.add_row(
+            item["label"],
+            f"{item['trainable_params']:,}",
+            human_bytes(item["payload_up_per_client"]),
+            human_bytes(item["payload_down_per_client"]),
+            human_bytes(item["setup_bytes_per_client"]),
+            human_bytes(item["payload_up"] / max(item["rounds"], 1)),
+            human_bytes(item["payload_down"] / max(item["rounds"], 1)),
+            human_bytes(item["total_bytes"]),
+            f"{link:.2f}",
+            human_bytes(item["client_memory_bytes"]),
+            f"{item['client_flops_per_round'] / 1e12:.3f}",
+        )
+    return table
+
+
+def methods(listing: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a method of ``conf/method``."""
+    table = Table(title="method=...", title_justify="left")
+    for column in ("method", "adapter", "strategy", "aggregation", "client.lr", "what it is"):
+        table.add_column(column)
+    for item in listing:
+        exact = {True: "exact", False: "approximate", None: "-"}[item["exact"]]
+        table.add_row(
+            item["method"], item["adapter"], item["strategy"], exact, f"{item['lr']:g}", item["description"]
+        )
+    return table
+
+
+def human_bytes(count: float) -> str:
+    """``1.2 MB``; decimal units, as links are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,22 @@
+"""Strategies: the server side. One strategy a file; a user's plug-in looks exactly like ours."""
+
+from strategies.average import Average
+from strategies.base import FederatedStrategy, Outgoing, Reply, weighted_mean
+from strategies.central import Central
+from strategies.fedex import FedEx
+from strategies.fedit import FedIT
+from strategies.local import Local
+from strategies.zero_shot import ZeroShot
+
+__all__ = [
+    "Average",
+    "Central",
+    "FedEx",
+    "FedIT",
+    "FederatedStrategy",
+    "Local",
+    "Outgoing",
+    "Reply",
+    "ZeroShot",
+    "weighted_mean",
+]

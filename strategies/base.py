@@ -1,0 +1,214 @@
+"""The strategy seam: a Flower Strategy in which a method is two small functions.
+
+``send`` says what client k gets this round, ``fold`` how the replies become the next global state. Everything else
+(messages, weights, records, checkpoints) is done here, so that a new method is about fifteen lines.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedlora import wire
+from fedlora.adapters import State
+from fedlora.correction import CorrectionUpdate
+from fedlora.errors import InputError
+from fedlora.grid import ClientGrid
+from fedlora.lowrank import LowRank
+from fedlora.model import AdaptedModel
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one client sent back.
+
+    Attributes:
+        client: client id.
+        state: its shared tensors after training, fp32.
+        examples: rows it trained on.
+        weight: its share p_k of the aggregate; the weights of a round sum to 1.
+        loss: its mean training loss.
+    """
+
+    client: str
+    state: State
+    examples: int
+    weight: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What one client gets.
+
+    Attributes:
+        state: shared tensors to start from; empty for strategies that send none.
+        correction: what brings the client's base up to date, or ``None``.
+        instructions: further keys for the client.
+    """
+
+    state: Mapping[str, Tensor]
+    correction: CorrectionUpdate | None = None
+    instructions: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FederatedStrategy(Strategy):
+    """Base of every strategy of ours, and of a user's.
+
+    Attributes:
+        exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
+        communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
+        trains: whether there are rounds at all.
+        evaluation: which model is evaluated: the one ``global`` model, each client's ``personal`` one, or the answer
+            that needs no training (``zero_shot``).
+    """
+
+    exact: ClassVar[bool | None] = False
+    communicates: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
+
+    def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
+        if weighting not in ("examples", "uniform"):
+            raise InputError(f"strategy.weighting = {weighting!r} is not valid: use 'examples' or 'uniform'.")
+        self.weighting = weighting
+        self._state: State = {}
+        self._asked: dict[int, str] = {}
+
+    # What a method implements ------------------------------------------------------------------------------------
+
+    def prepare(self, model: AdaptedModel) -> None:  # noqa: B027
+        """Look at the model once before the first round (on the meta device when planning).
+
+        Raises:
+            InputError: the strategy cannot aggregate this adapter.
+        """
+
+    def send(self, client: str, server_round: int, state: State) -> Outgoing:
+        """What ``client`` gets this round; by default the global state."""
+        return Outgoing(state)
+
+    @abstractmethod
+    def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
+        """Return the next global state from this round's replies (at least one), in cohort order.
+
+        Args:
+            server_round: the round, from 1.
+            state: the global state that was sent.
+            replies: what came back; failed clients are not among them.
+        """
+
+    def failed(self, client: str) -> None:  # noqa: B027
+        """Called for a client that was addressed and did not answer with a usable reply."""
+
+    def residual(self) -> dict[str, LowRank]:
+        """The part of the last aggregate's dW that went into the base instead of the state (FedEx)."""
+        return {}
+
+    def base_correction(self) -> dict[str, Tensor]:
+        """The sum of all residuals, dense ``{module: [m, n]}``, that belongs to the current global state."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever must survive a restart: tensors, numbers, strings, and dictionaries and lists of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restore :meth:`state_dict`."""
+
+    # Flower's Strategy -------------------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message for every client of the cohort."""
+        grid = cast(ClientGrid, grid)
+        self.begin(arrays)
+        clients = [grid.client_of(node) for node in grid.get_node_ids()]
+        return [self._message(client, server_round, arrays, config, grid) for client in clients]
+
+    def begin(self, arrays: ArrayRecord) -> None:
+        """Start a round from the global state."""
+        self._state = wire.from_record(arrays)
+        self._asked = {}
+
+    def _message(
+        self, client: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: ClientGrid
+    ) -> Message:
+        outgoing = self.send(client, server_round, self._state)
+        content = RecordDict()
+        if outgoing.state:
+            content["arrays"] = arrays if outgoing.state is self._state else wire.to_record(outgoing.state)
+        instructions = {**config, "server-round": server_round, **outgoing.instructions}
+        if outgoing.correction is not None:
+            content["correction"] = wire.to_record(outgoing.correction.tensors())
+            instructions["correction"] = outgoing.correction.header()
+        content["config"] = ConfigRecord(instructions)
+        node = grid.address(client)
+        self._asked[node] = client
+        return Message(content, node, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the usable replies; with none, the global state stays as it is."""
+        usable = self.replies(replies)
+        for client in set(self._asked.values()) - {reply.client for reply in usable}:
+            self.failed(client)
+        if not usable:
+            return None, None
+        state = self.fold(server_round, self._state, usable)
+        loss = sum(reply.weight * reply.loss for reply in usable)
+        return wire.to_record(state) if state else None, MetricRecord({"train_loss": loss})
+
+    def replies(self, messages: Iterable[Message]) -> list[Reply]:
+        """Usable messages as :class:`Reply`, with weights by examples or uniform."""
+        contents = [(message, message.content) for message in messages if not message.has_error()]
+        examples = [int(cast(int, content.metric_records["metrics"]["num-examples"])) for _, content in contents]
+        shares = weights(examples, self.weighting)
+        return [
+            Reply(
+                client=self._asked[message.metadata.src_node_id],
+                state=wire.from_record(content.array_records["arrays"]) if "arrays" in content else {},
+                examples=count,
+                weight=share,
+                loss=float(cast(float, content.metric_records["metrics"]["train_loss"])),
+            )
+            for (message, content), count, share in zip(contents, examples, shares, strict=True)
+        ]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No messages: the engine evaluates."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing to aggregate."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing to log: the run folder says it all."""
+
+
+def weights(examples: Sequence[int], weighting: str) -> list[float]:
+    """Shares p_k that sum to 1: n_k / sum(n), or 1 / K."""
+    counts = [1] * len(examples) if weighting == "uniform" else list(examples)
+    total = sum(counts)
+    return [count / total for count in counts]
+
+
+def weighted_mean(replies: Sequence[Reply]) -> State:
+    """sum_k p_k theta_k of every shared tensor, summed in cohort order."""
+    total = {key: reply.weight * value for reply in replies[:1] for key, value in reply.state.items()}
+    for reply in replies[1:]:
+        for key, value in reply.state.items():
+            total[key] = total[key] + reply.weight * value
+    return total

@@ -1,0 +1,69 @@
+"""Build the configured strategy: ours, any Flower strategy, or a user's, by ``strategy._target_``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.config import nearest
+from fedlora.errors import InputError
+from fedlora.plugins import load_object
+
+# Flower samples nodes itself and waits for more than there are; our Grid shows it exactly the round's cohort.
+STOCK_DEFAULTS: dict[str, Any] = {
+    "fraction_train": 1.0,
+    "fraction_evaluate": 0.0,
+    "min_train_nodes": 1,
+    "min_evaluate_nodes": 0,
+    "min_available_nodes": 1,
+}
+
+
+def build_strategy(settings: Mapping[str, Any]) -> Strategy:
+    """Instantiate ``settings["_target_"]`` (import path or ``file.py:Class``) with the other settings as arguments.
+
+    Raises:
+        InputError: no target, no strategy, or a setting that the strategy does not take.
+    """
+    values = dict(settings)
+    target = values.pop("_target_", None)
+    if not target:
+        raise InputError(
+            "strategy._target_ is missing. Give an import path such as flwr.serverapp.strategy.FedAvg, or a file path "
+            "such as strategy._target_=./mine.py:Mine."
+        )
+    strategy_class = load_object(str(target), "strategy._target_")
+    if not (isinstance(strategy_class, type) and issubclass(strategy_class, Strategy)):
+        raise InputError(
+            f"strategy._target_ = '{target}' is no strategy: subclass strategies.FederatedStrategy "
+            "(or flwr.serverapp.strategy.Strategy)."
+        )
+    accepted = _parameters(strategy_class)
+    unknown = [key for key in values if key not in accepted]
+    if unknown:
+        raise InputError(
+            f"Unknown setting 'strategy.{unknown[0]}' for {strategy_class.__name__}.{nearest(unknown[0], accepted)} "
+            f"It takes: {', '.join(sorted(accepted)) or 'no settings'}."
+        )
+    if strategy_class.__module__.startswith("flwr."):
+        values = {**{key: value for key, value in STOCK_DEFAULTS.items() if key in accepted}, **values}
+    try:
+        return strategy_class(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"strategy '{target}' refuses its settings: {error}") from error
+
+
+def _parameters(strategy_class: type) -> set[str]:
+    """Names that the constructor takes, through ``**kwargs`` up the class hierarchy."""
+    names: set[str] = set()
+    for cls in strategy_class.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names

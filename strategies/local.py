@@ -1,0 +1,25 @@
+"""Baseline: each client trains alone and keeps its own model. Nothing travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from fedlora.adapters import State
+from strategies.base import FederatedStrategy, Outgoing, Reply
+
+
+class Local(FederatedStrategy):
+    """A client continues from its own adapter whenever the sampler draws it."""
+
+    exact: ClassVar[bool | None] = None
+    communicates: ClassVar[bool] = False
+    evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "personal"
+
+    def send(self, client: str, server_round: int, state: State) -> Outgoing:
+        """An instruction to train, and no tensors."""
+        return Outgoing({}, instructions={"personal": True})
+
+    def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
+        """There is no global state to change."""
+        return {}
