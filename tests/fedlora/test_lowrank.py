@@ -132,12 +132,9 @@ def test_mean_is_exact_with_unequal_weights_and_ranks(shape, ranks, seed, data):
 
 def test_mean_folds_each_weight_into_one_factor_only():
     deltas, weights = clients((12, 8), [3, 3, 3], seed=0), [0.5, 0.3, 0.2]
-    expected = LowRank(
-        sum((w * d.dense() for w, d in zip(weights, deltas, strict=True)), torch.zeros(12, 8)), torch.eye(8)
-    )
-    on_both = LowRank.sum(
-        [LowRank(d.left * weight, d.right * weight) for d, weight in zip(deltas, weights, strict=True)]
-    )
+    dense = torch.stack([weight * delta.dense() for weight, delta in zip(weights, deltas, strict=True)]).sum(0)
+    expected = LowRank(dense, torch.eye(8, dtype=torch.float64))
+    on_both = LowRank.sum([LowRank(d.left * w, d.right * w) for d, w in zip(deltas, weights, strict=True)])
 
     assert relative_distance({"w": expected}, {"w": LowRank.mean(deltas, weights)}) < 1e-14
     assert relative_distance({"w": expected}, {"w": on_both}) > 0.1
@@ -190,13 +187,18 @@ def test_distance_of_two_factorizations_of_one_update_is_rounding_only():
     assert first.distance(second) <= 1e-14 * first.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_dtype_is_kept_and_measures_are_made_in_fp64(dtype):
-    first, second = (random_update((16, 11), 3, seed, dtype) for seed in (1, 2))
+@pytest.mark.parametrize("shape", [(16, 11), (5, 3)], ids=["triangles", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_dtype_is_kept_and_measures_are_made_in_fp64(dtype, shape):
+    first, second = (random_update(shape, 3, seed, dtype) for seed in (1, 2))
     results = [first.scale(0.5), first + second, LowRank.mean([first, second], [1, 2]), first.truncate(2)]
+    gap, size = exact_distance(first, second), exact_distance(first, first.scale(0.0))
 
     assert {factor.dtype for delta in results for factor in (delta.left, delta.right)} == {dtype}
-    assert first.distance(second) == pytest.approx(exact_distance(first, second), rel=1e-12)
+    assert first.norm() == pytest.approx(size, rel=1e-12)
+    assert first.distance(second) == pytest.approx(gap, rel=1e-12)
+    assert first.inner(first) == pytest.approx(size**2, rel=1e-12)
+    assert relative_distance({"w": first}, {"w": second}) == pytest.approx(gap / size, rel=1e-12)
 
 
 def test_shapes_are_known_on_the_meta_device():
@@ -349,10 +351,7 @@ def test_a_mean_over_a_thousand_clients_is_measured_exactly():
     reference = torch.zeros(384, 384, dtype=torch.float64)
     for client, weight in zip(cohort, weights, strict=True):
         reference += (client["w"].left.double() @ client["w"].right.double()) * (weight / sum(weights))
-    identity = torch.eye(384, dtype=torch.float64)
+    expected = {"w": LowRank(reference, torch.eye(384, dtype=torch.float64))}
 
     assert mean["w"].rank == 8000
-    assert (
-        relative_distance({"w": LowRank(reference, identity)}, mean) < 1e-7
-    )  # one fp32 rounding of each weighted left
-    assert relative_distance(mean, {"w": LowRank(mean["w"].dense().double(), identity)}) < 1e-5  # fp32 GEMM
+    assert relative_distance(expected, mean) < 1e-7  # one fp32 rounding of each weighted left factor
