@@ -8,6 +8,7 @@ cohort, whose node id is a hash of its client id, so any Flower strategy works a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, Error, Message, RecordDict
@@ -155,16 +156,23 @@ class CodecGrid(GridLayer):
         if reply.has_error():
             return reply
         content = RecordDict(dict(reply.content))
-        if "arrays" in content:
-            try:
-                state = wire.unpack(content.array_records["arrays"], self.layout, self.dtype)
-                broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
-                if broken:
-                    raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
-            except FedloraError as error:
-                return error_reply(request, f"refused reply: {error}")
-            content["arrays"] = wire.to_record(state)
+        try:
+            _check_metrics(content)
+            if "arrays" in request.content or "arrays" in content:
+                content["arrays"] = wire.to_record(self._unpack(content))
+        except FedloraError as error:
+            return error_reply(request, f"refused reply: {error}")
         return Message(content, reply_to=request)
+
+    def _unpack(self, content: RecordDict) -> dict[str, Tensor]:
+        record = content.array_records.get("arrays")
+        if record is None:
+            raise FedloraError("it holds no arrays")
+        state = wire.unpack(record, self.layout, self.dtype)
+        broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
+        if broken:
+            raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
+        return state
 
     def _pack(self, record: ArrayRecord, name: str) -> ArrayRecord:
         if self._packed is None or self._packed[0] is not record:
@@ -174,6 +182,16 @@ class CodecGrid(GridLayer):
                 return packed
             self._packed = (record, packed)
         return self._packed[1]
+
+
+def _check_metrics(content: RecordDict) -> None:
+    """Refuse a reply without a number of examples that can be a weight, or without a finite loss."""
+    metrics = content.metric_records.get("metrics", {})
+    examples, loss = metrics.get("num-examples"), metrics.get("train_loss")
+    if not isinstance(examples, int) or examples < 1:
+        raise FedloraError(f"num-examples is {examples!r}, not a positive integer")
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        raise FedloraError(f"train_loss is {loss!r}, not a finite number")
 
 
 class SetupGrid(GridLayer):

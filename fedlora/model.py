@@ -134,7 +134,8 @@ def _inject(module: nn.Module, adapter: Adapter) -> nn.Module:
     config = adapter.peft_config()
     config.fan_in_fan_out = any(isinstance(child, Conv1D) for child in module.modules())
     try:
-        return inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=_is_meta(module))
+        with torch.random.fork_rng(devices=[]):  # PEFT draws values that initialise() replaces
+            return inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=_is_meta(module))
     except ValueError as error:
         linear = {name.split(".")[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
         raise InputError(
@@ -146,6 +147,9 @@ def _inject(module: nn.Module, adapter: Adapter) -> nn.Module:
 def _check_ranks(layers: Mapping[str, nn.Module], adapter: Adapter) -> None:
     rank = adapter.config.rank
     for name, layer in layers.items():
+        if any(ADAPTER_NAME not in getattr(layer, factor, ()) for factor in adapter.factors):
+            kind = type(layer.get_base_layer()).__name__  # pyright: ignore[reportCallIssue]
+            raise InputError(f"adapter.target_modules names '{name}', a layer of type {kind}; choose linear layers.")
         n, m = int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
         if rank > min(m, n):
             raise InputError(

@@ -65,7 +65,7 @@ def _load_module(name: str, path: str, setting: str) -> Any:
         sys.path.append(working_directory)
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:
         package = name.split(".")[0]
         if package in OWN_PACKAGES and Path(package).exists():
             raise InputError(
@@ -73,4 +73,4 @@ def _load_module(name: str, path: str, setting: str) -> Any:
                 f"cannot be imported under that name. Name the file instead: {setting}=./{name.replace('.', '/')}.py:"
                 f"{path.rpartition('.')[2]}"
             ) from error
-        raise InputError(f"{setting} = '{path}' does not import: {error}") from error
+        raise InputError(f"{setting} = '{path}' does not import: {type(error).__name__}: {error}") from error

@@ -110,7 +110,7 @@ class ClientStore:
 def folder_name(client: str) -> str:
     """A readable folder name that no two client ids share, whatever characters they hold."""
     name = quote(client, safe=" ,()&'!")
-    if name == client and len(name) <= 80 and name[0] not in "._ ":
+    if name == client and 0 < len(name) <= 80 and name[0] not in "._ " and "~" not in name:
         return name
     return f"{name[:60].lstrip('._ ')}~{hashlib.blake2b(client.encode(), digest_size=6).hexdigest()}"
 

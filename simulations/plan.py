@@ -29,6 +29,7 @@ from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
 from simulations.compose import CONF, options
 from simulations.sampler import cohort
+from simulations.simulate import label
 from strategies.base import FederatedStrategy, Outgoing, Reply, weights
 from strategies.build import build_strategy
 
@@ -59,7 +60,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     itemsize = wire.DTYPES[config.wire.dtype].itemsize
     return {
         "method": config.method,
-        "label": config.method + federation.adapter.label.removeprefix(federation.adapter.config.name) * bool(rounds),
+        "label": label(config, federation.adapter, bool(rounds)),
         "rounds": rounds,
         "clients_per_round": traffic["clients"] / max(rounds, 1),
         "trainable_params": trainable if rounds else 0,

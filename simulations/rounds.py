@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
 
 from fedlora import wire
@@ -97,11 +97,11 @@ class FederatedRun:
             replies = list(grid.send_and_receive(messages))
         failures = self._failures(server_round, chosen, replies, grid)
         with self._clock("aggregate"):
-            usable = [reply for reply in replies if not reply.has_error()]
+            returned = self._returned(replies)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 self.state = wire.from_record(arrays)
-            error = self._aggregation_error(usable, arrays)
+            error = self._aggregation_error(returned if arrays is not None else [])
         loss = None if metrics is None else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
 
@@ -117,15 +117,22 @@ class FederatedRun:
             raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
         return failed
 
-    def _aggregation_error(self, usable: list[Message], arrays: ArrayRecord | None) -> float | str:
+    def _returned(self, replies: list[Message]) -> list[tuple[State, int]]:
+        """Own copies of what came back, and the examples behind it: some Flower strategies consume their replies."""
+        return [
+            (wire.from_record(arrays), int(cast(int, reply.content.metric_records["metrics"]["num-examples"])))
+            for reply in replies
+            if not reply.has_error() and (arrays := reply.content.array_records.get("arrays")) is not None
+        ]
+
+    def _aggregation_error(self, returned: list[tuple[State, int]]) -> float | str:
         """The error of this round, or the reason why it has no meaning."""
         if self.ours is not None and self.ours.exact is None:
             return "no aggregation"
-        if arrays is None or not usable:
+        if not returned:
             return "no replies"
-        examples = [int(m.content.metric_records["metrics"]["num-examples"]) for m in usable]  # pyright: ignore
-        shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
-        expected = weighted_mean([self._delta(wire.from_record(m.content.array_records["arrays"])) for m in usable], shares)
+        shares = weights([count for _, count in returned], self.ours.weighting if self.ours is not None else "examples")
+        expected = weighted_mean([self._delta(state) for state, _ in returned], shares)
         actual = self._delta(self.state)
         if self.ours is not None:
             for module, residual in self.ours.residual().items():

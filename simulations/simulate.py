@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from safetensors.torch import load_file
 
 from fedlora import __version__
+from fedlora.adapters import Adapter
 from fedlora.client import client_app, worker_for
 from fedlora.config import Config
 from fedlora.errors import InputError
@@ -142,7 +143,7 @@ def _finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     totals = run.ledger.totals()
     summary: dict[str, Any] = {
         "method": config.method,
-        "label": label(run),
+        "label": label(config, run.federation.adapter, run.ours is None or run.ours.trains),
         "seed": config.seed,
         "rounds": run.rounds,
         "main_metric": run.federation.task.main_metric,
@@ -168,11 +169,15 @@ def _finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     return summary
 
 
-def label(run: FederatedRun) -> str:
-    """The method with every choice that changes its numbers, as tables print it: ``fed_sb[gradient]``."""
-    adapter = run.federation.adapter
-    suffix = adapter.label.removeprefix(adapter.config.name)
-    return f"{run.config.method}{suffix}" if run.ours is None or run.ours.trains else run.config.method
+def label(config: Config, adapter: Adapter, trains: bool) -> str:
+    """The method with every choice that changes its numbers, as tables print it: ``fed_sb[gradient]``.
+
+    A strategy that is not ours names itself: ``FedMedian(lora)``.
+    """
+    target = str(config.strategy["_target_"])
+    if not target.startswith("strategies."):
+        return f"{target.replace(':', '.').rpartition('.')[2]}({adapter.label})"
+    return config.method + (adapter.label.removeprefix(adapter.config.name) if trains else "")
 
 
 def _phases(rounds: list[dict[str, Any]]) -> dict[str, float]:
