@@ -1,0 +1,47 @@
+"""Every shipped configuration composes, is typed, and says how to run it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedlora.adapters import build_adapter
+from simulations.compose import CONF, compose_config
+from strategies.build import build_strategy
+
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+REQUIRED = {
+    "strategy/custom.yaml": ["strategy._target_=flwr.serverapp.strategy.FedAvg"],
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_option_composes(path: Path) -> None:
+    group, name = path.parent.name, path.stem
+    config = compose_config([f"{group}={name}", *REQUIRED.get(str(path), [])])
+    build_adapter(config.adapter)
+    build_strategy(config.strategy)
+
+
+@pytest.mark.parametrize("path", [Path("config.yaml"), *FILES], ids=str)
+def test_the_first_comment_is_a_command_that_composes(path: Path) -> None:
+    comments = [line[2:] for line in (CONF / path).read_text().splitlines() if line.startswith("# ") and "@" not in line]
+    program, command, *overrides = shlex.split(comments[0])
+    assert (program, command) == ("fedlora", "simulate")
+    compose_config(overrides)
+    if path.parent.name:
+        assert f"{path.parent.name}={path.stem}" in overrides
+
+
+def test_a_method_sets_adapter_strategy_and_learning_rate_and_each_can_be_overridden() -> None:
+    fed_sb, fedit = compose_config(["method=fed_sb"]), compose_config(["method=fedit"])
+    assert (fed_sb.adapter["name"], fed_sb.strategy["_target_"]) == ("fed_sb", "strategies.Average")
+    assert fed_sb.client.lr != fedit.client.lr
+    changed = compose_config(["method=fed_sb", "client.lr=0.5", "adapter=ffa", "strategy.weighting=uniform"])
+    assert (changed.client.lr, changed.adapter["name"], changed.strategy["weighting"]) == (0.5, "ffa", "uniform")
+
+
+def test_alpha_of_fed_sb_follows_its_rank() -> None:
+    assert compose_config(["method=fed_sb", "adapter.rank=8"]).adapter["alpha"] == 8

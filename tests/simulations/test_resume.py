@@ -1,0 +1,126 @@
+"""Promise 6: a killed run resumes to the same final bits, wherever it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from fedlora.errors import InputError
+from simulations.callbacks import Callback
+from simulations.simulate import resume, start
+from tests.conftest import Compose
+from tests.simulations.test_rounds import without_time
+
+CASES = {
+    "fedex": ["method=fedex"],
+    "fed_sb": ["method=fed_sb"],
+    "local": ["method=local"],
+    "private head": ["method=ffa", "adapter.head=private"],
+    "FedAdam": ["strategy._target_=flwr.serverapp.strategy.FedAdam"],
+    "every two rounds": ["method=fedex", "checkpoint.every=2"],
+}
+
+
+class Killed(BaseException):
+    """Stands for a process that dies between two statements: nothing after it runs."""
+
+
+class KillAt(Callback):
+    """Dies before the n-th client answer, or after the line of a round is written but before its checkpoint."""
+
+    def __init__(self, *, client: int | None = None, round_end: int | None = None) -> None:
+        self.client, self.round_end, self.answers = client, round_end, 0
+
+    def on_client(self) -> None:
+        self.answers += 1
+        if self.answers == self.client:
+            raise Killed
+
+    def on_round_end(self, record: Mapping[str, Any]) -> None:
+        if record["round"] == self.round_end:
+            raise Killed
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert without_time(one) == without_time(two)
+    pd.testing.assert_frame_equal(pd.read_parquet(one / "ledger.parquet"), pd.read_parquet(two / "ledger.parquet"))
+    for path in sorted([*one.glob("adapter/*.safetensors"), *one.glob("clients/*/*.safetensors")]):
+        expected, actual = load_file(path), load_file(two / path.relative_to(one))
+        assert expected.keys() == actual.keys()
+        assert all(expected[key].equal(actual[key]) for key in expected), path.name
+
+
+@pytest.mark.parametrize("kill", [{"client": 3}, {"client": 7}, {"client": 12}, {"round_end": 0}, {"round_end": 3}], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_resumes_to_the_same_bits(tiny: Compose, tmp_path: Path, case: str, kill: dict[str, int]) -> None:
+    config = tiny(*CASES[case])
+    start(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        start(config, tmp_path / "killed", callbacks=[KillAt(**kill)])
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    resume(tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_killed_twice_resumes_to_the_same_bits(tiny: Compose, tmp_path: Path) -> None:
+    config = tiny("method=fedex", "rounds=4")
+    start(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        start(config, tmp_path / "killed", callbacks=[KillAt(client=6)])
+    with pytest.raises(Killed):
+        resume(tmp_path / "killed", callbacks=[KillAt(client=8)])
+    resume(tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_kill_minus_nine_in_a_real_process(tiny: Compose, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    overrides = [*tiny_overrides, "adapter.rank=4", "method=fedex", "rounds=30", "eval.every=30"]
+    command = [sys.executable, "-m", "simulations.cli", "simulate", *overrides]
+    start(tiny("method=fedex", "rounds=30", "eval.every=30"), tmp_path / "whole")
+    process = subprocess.Popen([*command, f"run_dir={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL)
+    lines = tmp_path / "killed" / "rounds.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and len(lines.read_text().splitlines()) > 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    finished = subprocess.run(
+        [sys.executable, "-m", "simulations.cli", "resume", str(tmp_path / "killed")], check=False, capture_output=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny: Compose, tmp_path: Path) -> None:
+    summary = start(tiny("method=ffa"), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert resume(tmp_path / "run") == summary
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_resume_needs_a_run_and_checkpoints(tiny: Compose, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no config\.yaml"):
+        resume(tmp_path)
+    with pytest.raises(Killed):
+        start(tiny("checkpoint.every=0"), tmp_path / "run", callbacks=[KillAt(client=2)])
+    with pytest.raises(InputError, match=r"checkpoint\.every=0"):
+        resume(tmp_path / "run")
+
+
+def test_config_yaml_says_what_was_chosen_automatically(tiny: Compose, tmp_path: Path) -> None:
+    start(tiny("engine=auto", "method=zero_shot"), tmp_path / "run")
+    engine = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["engine"]
+    assert engine["name"] == "loop"
+    assert engine["threads"] >= 1
