@@ -76,4 +76,5 @@ class ProgressBar(Callback):
 
     def close(self) -> None:
         """Clear the bars."""
-        self.progress.stop()
+        if self._rounds is not None:
+            self.progress.stop()

@@ -12,7 +12,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
@@ -26,35 +25,25 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Execute the chosen command and return its exit status."""
     try:
         return COMMANDS[options.command](options, list(overrides))
-    except compose.HYDRA_ERRORS as error:
-        return _report(compose.explain(error), options.debug)
-    except FedloraError as error:
-        return _report(error, options.debug)
     except KeyboardInterrupt:
         print("\nInterrupted. An unfinished run can be finished with 'fedlora resume RUN'.", file=sys.stderr)
         return 1
     except Exception as error:
-        if options.debug:
-            raise
-        message = FedloraError(f"{type(error).__name__}: {error}. This is a fault of fedlora; --debug shows where.")
-        return _report(message, False)
+        return _report(error, options.debug)
 
 
 def _simulate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Run or sweep through Hydra, then print the table."""
     finished: list[dict[str, Any]] = []
-    failures: list[FedloraError] = []
+    failures: list[Exception] = []
     folders: list[Path] = []
 
     def job(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         folders.append(folder)
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             finished.append(start(compose.to_config(composed), folder, merged=options.merged))
-        except FedloraError as error:
-            if not sweeping:
-                raise
+        except Exception as error:  # Hydra would print its own text; a sweep goes on with its other trials
             failures.append(error)
             _report(error, options.debug)
         finally:
@@ -68,13 +57,12 @@ def _simulate(options: argparse.Namespace, overrides: list[str]) -> int:
         sys.argv = command_line
         for folder in folders:
             _remove_if_empty(folder)
-            _remove_if_empty(folder.parent)
-    console = Console()
     if finished:
+        console = tables.console()
         console.print(tables.comparison(finished))
         console.print(tables.caption(finished))
         console.print(Text(f"Run folder: {folders[0] if len(folders) == 1 else folders[0].parent}"))
-    return max((failure.exit_code for failure in failures), default=0)
+    return max((_exit_code(failure) for failure in failures), default=0)
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -87,7 +75,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
         document = plans if options.compare else plans[0]
         print(json.dumps({"methods": document} if options.compare else document, indent=2))
     else:
-        Console().print(tables.plans(plans, options.bandwidth))
+        tables.console().print(tables.plans(plans, options.bandwidth))
     return 0
 
 
@@ -96,13 +84,13 @@ def _methods(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.json:
         print(json.dumps({"methods": listing}, indent=2))
     else:
-        Console().print(tables.methods(listing))
+        tables.console().print(tables.methods(listing))
     return 0
 
 
 def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
     summary = resume(Path(options.run), merged=options.merged)
-    console = Console()
+    console = tables.console()
     console.print(tables.comparison([summary]))
     console.print(tables.caption([summary]))
     return 0
@@ -111,11 +99,23 @@ def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
 COMMANDS = {"simulate": _simulate, "plan": _plan, "methods": _methods, "resume": _resume}
 
 
-def _report(error: FedloraError, debug: bool) -> int:
+def _report(error: Exception, debug: bool) -> int:
+    """Print one paragraph about ``error`` (and its traceback when asked) and return the exit status."""
     if debug:
         traceback.print_exception(error)
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-    return error.exit_code
+    if isinstance(error, compose.HYDRA_ERRORS):
+        error = compose.explain(error)
+    text = str(error)
+    if not isinstance(error, FedloraError):
+        text = f"{type(error).__name__}: {error}. This is a fault of fedlora; --debug shows where."
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, compose.HYDRA_ERRORS):
+        return 2
+    return error.exit_code if isinstance(error, FedloraError) else 1
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+
+def console() -> Console:
+    """Standard output; a file or pipe is 120 columns wide, so that no table is cut."""
+    out = Console()
+    return out if out.is_terminal else Console(width=120)
 
 
 def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
@@ -54,32 +61,28 @@ def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
-    """One row a method: parameters, bytes, memory, work and time on the link."""
-    table = Table(
-        title=f"{items[0]['rounds']} rounds, {items[0]['clients_per_round']:.0f} clients a round, {bandwidth:g} Mbit/s",
-        title_justify="left",
-    )
-    table.add_column("method", no_wrap=True)
-    for column in (
-        "trainable", "up/client", "down/client", "setup/client", "up/round", "down/round", "run total", "link s/round",
-        "client memory", "client TFLOP/round",
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
+    """One column a method (one row a quantity): parameters, bytes, memory, work and time on the link."""
+    clients = max(item["clients_per_round"] for item in items)
+    rounds = max(item["rounds"] for item in items)
+    table = Table(title=f"{rounds} rounds, {clients:.0f} clients a round, {bandwidth:g} Mbit/s", title_justify="left")
+    table.add_column("", no_wrap=True)
     for item in items:
-        link = item["message_bytes_per_client_round"] * 8 / (bandwidth * 1e6)
-        table.add_row(
-            item["label"],
-            f"{item['trainable_params']:,}",
-            human_bytes(item["payload_up_per_client"]),
-            human_bytes(item["payload_down_per_client"]),
-            human_bytes(item["setup_bytes_per_client"]),
-            human_bytes(item["payload_up"] / max(item["rounds"], 1)),
-            human_bytes(item["payload_down"] / max(item["rounds"], 1)),
-            human_bytes(item["total_bytes"]),
-            f"{link:.2f}",
-            human_bytes(item["client_memory_bytes"]),
-            f"{item['client_flops_per_round'] / 1e12:.3f}",
-        )
+        table.add_column(item["label"], justify="right", no_wrap=True)
+    quantities: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "trainable parameters": lambda item: f"{item['trainable_params']:,}",
+        "up, a client and round": lambda item: human_bytes(item["payload_up_per_client"]),
+        "down, a client and round": lambda item: human_bytes(item["payload_down_per_client"]),
+        "setup, once a client": lambda item: human_bytes(item["setup_bytes_per_client"]),
+        "up, a round": lambda item: human_bytes(item["payload_up"] / max(item["rounds"], 1)),
+        "down, a round": lambda item: human_bytes(item["payload_down"] / max(item["rounds"], 1)),
+        "setup, the run": lambda item: human_bytes(item["setup_bytes"]),
+        "all messages, the run": lambda item: human_bytes(item["total_bytes"]),
+        "link, a client and round": lambda item: f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s",
+        "memory of a client (estimate)": lambda item: human_bytes(item["client_memory_bytes"]),
+        "work of a client and round": lambda item: f"{item['client_flops_per_round'] / 1e9:.1f} GFLOP",
+    }
+    for name, show in quantities.items():
+        table.add_row(name, *(show(item) for item in items))
     return table
 
 
