@@ -70,6 +70,11 @@ class Worker:
             reply["arrays"] = wire.pack(self.model.read(shared), self.federation.config.wire.dtype)
         return Message(reply, reply_to=message)
 
+    def reset(self) -> None:
+        """Put the model back to its seeded start, whatever it was used for before."""
+        self.model.load({**self.initial, **self.seeded_frozen})
+        self.model.set_base_correction({})
+
     def load_personal(self, client: str, before_round: int) -> None:
         """Put what ``client`` keeps privately into the model, for evaluation."""
         record = self.store.read(client, before_round)

@@ -47,10 +47,8 @@ def plan_run(config: Config) -> dict[str, Any]:
     """
     federation = Federation(config)
     model = federation.build_meta_model()
-    strategy = build_strategy(config.strategy)
+    strategy = build_strategy(config.strategy, model)
     ours = strategy if isinstance(strategy, FederatedStrategy) else None
-    if ours is not None:
-        ours.prepare(model)
     rounds = config.rounds if ours is None or ours.trains else 0
     trainable = sum(prod(shape) for shape in model.shapes(model.trainable).values())
     traffic = _traffic(federation, model, ours, rounds)

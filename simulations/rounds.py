@@ -24,7 +24,6 @@ from simulations.evaluator import Evaluation, Evaluator
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
 from strategies.base import FederatedStrategy, weights
-from strategies.build import build_strategy
 
 PHASES = ("select", "train", "aggregate", "evaluate", "other")
 log = logging.getLogger("fedlora")
@@ -33,20 +32,21 @@ log = logging.getLogger("fedlora")
 class FederatedRun:
     """One run: its global state, its strategy, its ledger. Made new or from a checkpoint, then :meth:`finish`-ed."""
 
-    def __init__(self, worker: Worker, folder: RunFolder, callbacks: Sequence[Callback] = ()) -> None:
-        """Prepare a run in ``folder``, continuing from its checkpoint if there is one."""
+    def __init__(
+        self, worker: Worker, strategy: Strategy, folder: RunFolder, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        """Prepare a run of ``strategy`` in ``folder``, continuing from its checkpoint if there is one."""
         self.federation = worker.federation
         self.config = worker.federation.config
         self.folder = folder
         self.callbacks = callbacks
-        self.strategy: Strategy = build_strategy(self.config.strategy)
-        self.ours = self.strategy if isinstance(self.strategy, FederatedStrategy) else None
-        if self.ours is not None:
-            self.ours.prepare(worker.model)
+        self.strategy = strategy
+        self.ours = strategy if isinstance(strategy, FederatedStrategy) else None
         self.rounds = self.config.rounds if self.ours is None or self.ours.trains else 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         saved = checkpoint.load(folder.checkpoint)
         if saved is None:
+            worker.reset()
             self.federation.initialise_on_server(worker.model)
             self.state: State = worker.model.read(worker.model.shared)
             self.frozen: State = worker.model.read(worker.model.frozen)

@@ -28,6 +28,7 @@ from simulations.engines.flower import FlowerGrid, run_on_flower
 from simulations.engines.loop import LoopGrid
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder, write_atomically
+from strategies.build import build_strategy
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "opacus", "ray", "hydra-core")
 log = logging.getLogger("fedlora")
@@ -51,7 +52,8 @@ def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Seq
     """
     config = resolve(config).model_copy(update={"run_dir": str(run_dir)})
     folder = RunFolder(run_dir)
-    worker_for(config.model_dump_json(), str(folder.path))  # everything that can be wrong is found before a file is made
+    worker = worker_for(config.model_dump_json(), str(folder.path))
+    build_strategy(config.strategy, worker.model)  # what can be wrong is found before a file is made
     folder.create(config)
     return _run(config, folder, merged=merged, callbacks=callbacks)
 
@@ -94,7 +96,7 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
             "%d training clients, %d unseen, %d public rows; %d clients left out (%d rows)",
             len(index.clients), len(index.unseen), len(index.public), index.left_out_clients, index.left_out_rows,
         )  # fmt: skip
-        run = FederatedRun(worker, folder, callbacks)
+        run = FederatedRun(worker, build_strategy(config.strategy, worker.model), folder, callbacks)
         on_reply = partial(_each_client, callbacks)
         app = client_app(config.model_dump(), str(folder.path))
         if config.engine.name == "flower":

@@ -10,7 +10,9 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.config import nearest
 from fedlora.errors import InputError
+from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
+from strategies.base import FederatedStrategy
 
 # Flower samples nodes itself and waits for more than there are; our Grid shows it exactly the round's cohort.
 STOCK_DEFAULTS: dict[str, Any] = {
@@ -22,8 +24,10 @@ STOCK_DEFAULTS: dict[str, Any] = {
 }
 
 
-def build_strategy(settings: Mapping[str, Any]) -> Strategy:
+def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy:
     """Instantiate ``settings["_target_"]`` (import path or ``file.py:Class``) with the other settings as arguments.
+
+    A strategy of fedlora sees ``model`` (real or on the meta device) and may refuse its adapter.
 
     Raises:
         InputError: no target, no strategy, or a setting that the strategy does not take.
@@ -51,9 +55,12 @@ def build_strategy(settings: Mapping[str, Any]) -> Strategy:
     if strategy_class.__module__.startswith("flwr."):
         values = {**{key: value for key, value in STOCK_DEFAULTS.items() if key in accepted}, **values}
     try:
-        return strategy_class(**values)
+        strategy = strategy_class(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"strategy '{target}' refuses its settings: {error}") from error
+    if isinstance(strategy, FederatedStrategy):
+        strategy.prepare(model)
+    return strategy
 
 
 def _parameters(strategy_class: type) -> set[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.adapters import build_adapter
+from fedlora.plugins import load_object
 from simulations.compose import CONF, compose_config
-from strategies.build import build_strategy
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 REQUIRED = {
@@ -22,7 +22,7 @@ def test_every_option_composes(path: Path) -> None:
     group, name = path.parent.name, path.stem
     config = compose_config([f"{group}={name}", *REQUIRED.get(str(path), [])])
     build_adapter(config.adapter)
-    build_strategy(config.strategy)
+    assert load_object(config.strategy["_target_"], "strategy._target_")
 
 
 @pytest.mark.parametrize("path", [Path("config.yaml"), *FILES], ids=str)
