@@ -23,6 +23,7 @@ from fedlora.adapters import State
 from fedlora.config import Config, load_config
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
+from fedlora.grid import error_reply
 from fedlora.model import AdaptedModel
 from fedlora.seeding import numpy_rng
 from fedlora.store import ClientRecord, ClientStore
@@ -188,13 +189,19 @@ def _key(kind: str, record: ArrayRecord) -> str:
 
 
 def client_app(config: Mapping[str, Any], run_dir: str) -> ClientApp:
-    """The Flower ClientApp of a run. ``config`` is the resolved configuration as plain values."""
+    """The Flower ClientApp of a run. ``config`` is the resolved configuration as plain values.
+
+    A client that fails answers with an error message that says why; it costs its own update only.
+    """
     app = ClientApp()
     values = load_config(config).model_dump_json()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return worker_for(values, run_dir).handle(message)
+        try:
+            return worker_for(values, run_dir).handle(message)
+        except FedloraError as error:
+            return error_reply(message, str(error))
 
     return app
 

@@ -139,4 +139,3 @@ class CorrectionLog:
             version: {module: LowRank(*factors) for module, factors in of.items()}
             for version, of in state["recent"].items()  # pyright: ignore
         }
-

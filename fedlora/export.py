@@ -56,7 +56,9 @@ def export_merged(
 ) -> None:
     """Write a whole transformers model with dW and the base correction added to its weights, and its tokenizer."""
     overrides: dict[str, Any] = federation.task.model_overrides(federation.schema, federation.backbone.tokenizer())
-    model = cast(PreTrainedModel, federation.backbone.load(federation.task.auto_class, federation.config.seed, **overrides))
+    model = cast(
+        PreTrainedModel, federation.backbone.load(federation.task.auto_class, federation.config.seed, **overrides)
+    )
     deltas = federation.adapter.delta({**frozen, **state})
     with torch.no_grad():
         for module, delta in deltas.items():

@@ -76,8 +76,13 @@ class ClientGrid(Grid):
         return Run.create_empty(run_id=TaskIdentity.run_id)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send all messages and return the replies in the order of the messages."""
-        requests = list(messages)
+        """Send all messages and return the replies, both in cohort order.
+
+        Flower's strategies shuffle the nodes with the global random generator; without this order their sums, and
+        so a run's bits, would depend on it.
+        """
+        place = {node: number for number, node in enumerate(self._cohort)}
+        requests = sorted(messages, key=lambda message: place.get(message.metadata.dst_node_id, len(place)))
         replies = self.exchange(requests, timeout)
         by_request = {reply.metadata.reply_to_message_id: reply for reply in replies}
         return [by_request[r.metadata.message_id] for r in requests if r.metadata.message_id in by_request]
@@ -245,4 +250,3 @@ class MeterGrid(GridLayer):
                 status=status.splitlines()[0][:200] if status else "error",
             )
         )
-

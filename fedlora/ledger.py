@@ -67,7 +67,9 @@ class Ledger:
     @classmethod
     def read(cls, path: Path) -> Ledger:
         """Read a table written by :meth:`write`."""
-        return cls(Entry(**{str(key): value for key, value in row.items()}) for row in pd.read_parquet(path).to_dict("records"))
+        return cls(
+            Entry(**{str(key): value for key, value in row.items()}) for row in pd.read_parquet(path).to_dict("records")
+        )
 
 
 def _totals(entries: list[Entry]) -> dict[str, int]:

@@ -46,7 +46,9 @@ class AdaptedModel:
         }
         trained = tuple(key for key in self._parameters if key.split(".")[-2] in adapter.trained)
         self.frozen = tuple(key for key in self._parameters if key not in trained)
-        head = {key: p for key, p in self.module.named_parameters() if key.split(".")[0] in heads and "lora_" not in key}
+        head = {
+            key: p for key, p in self.module.named_parameters() if key.split(".")[0] in heads and "lora_" not in key
+        }
         self._parameters.update(head)
         self.head = tuple(head)
         place = adapter.config.head
@@ -120,7 +122,7 @@ class AdaptedModel:
         """
         self._corrections = dict(corrections)
 
-    def _correction_hook(self, name: str):  # noqa: ANN202
+    def _correction_hook(self, name: str):
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             correction = self._corrections.get(name)
             if correction is None:
@@ -135,9 +137,13 @@ def _inject(module: nn.Module, adapter: Adapter) -> nn.Module:
     config.fan_in_fan_out = any(isinstance(child, Conv1D) for child in module.modules())
     try:
         with torch.random.fork_rng(devices=[]):  # PEFT draws values that initialise() replaces
-            return inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=_is_meta(module))
+            return inject_adapter_in_model(
+                config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=_is_meta(module)
+            )
     except ValueError as error:
-        linear = {name.split(".")[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+        linear = {
+            name.split(".")[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)
+        }
         raise InputError(
             f"adapter.target_modules = {adapter.config.target_modules!r} matches no layer of this backbone. "
             f"Its linear layers are named: {', '.join(sorted(linear))}."

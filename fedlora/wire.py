@@ -77,7 +77,9 @@ def message_bytes(message: Message) -> int:
     Computed from shapes without hashing the tensors, which is what makes it cheap. Flower would store byte-identical
     arrays of one message once; packed records are never identical to each other.
     """
-    size = _object_bytes("Message", int(message.has_content()), len(_body(remove_content_from_message(message).deflate())))
+    size = _object_bytes(
+        "Message", int(message.has_content()), len(_body(remove_content_from_message(message).deflate()))
+    )
     if not message.has_content():
         return size
     content = message.content

@@ -150,7 +150,9 @@ def _message_up(node: int, examples: int, dtype: str, arrays: int) -> int:
     request = _request(RecordDict({"config": ConfigRecord()}), node)
     request.metadata.__dict__["_message_id"] = "0" * 64
     metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5})
-    return wire.message_bytes(Message(RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}), reply_to=request))
+    return wire.message_bytes(
+        Message(RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}), reply_to=request)
+    )
 
 
 def _request(content: RecordDict, node: int) -> Message:

@@ -152,7 +152,9 @@ def _finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
         "final": {"round": last["round"], "metrics": last["metrics"], "clients": last["clients"]},
         "best": run.best,
         "totals": totals,
-        "per_round": {key: totals[key] / trained for key in ("payload_up", "payload_down", "message_up", "message_down")},
+        "per_round": {
+            key: totals[key] / trained for key in ("payload_up", "payload_down", "message_up", "message_down")
+        },
         "communicates": run.ours is None or run.ours.communicates,
         "aggregation_error": {"max": max(errors), "last": errors[-1]} if errors else None,
         "failures": sum(len(record["failures"]) for record in rounds),
@@ -195,7 +197,9 @@ def _merge_finished(config: Config, folder: RunFolder) -> None:
     tensors = load_file(native)
     prefix = "base_model.model."
     saved = load_file(folder.adapter / "adapter_model.safetensors")
-    head = {key.removeprefix(prefix): value for key, value in saved.items() if key.removeprefix(prefix) in worker.model.head}
+    head = {
+        key.removeprefix(prefix): value for key, value in saved.items() if key.removeprefix(prefix) in worker.model.head
+    }
     path = folder.adapter / "base_correction.safetensors"
     correction = load_file(path) if path.exists() else {}
     export_merged(worker.federation, folder.merged, tensors, {}, correction, head)

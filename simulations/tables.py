@@ -77,7 +77,9 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
         "down, a round": lambda item: human_bytes(item["payload_down"] / max(item["rounds"], 1)),
         "setup, the run": lambda item: human_bytes(item["setup_bytes"]),
         "all messages, the run": lambda item: human_bytes(item["total_bytes"]),
-        "link, a client and round": lambda item: f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s",
+        "link, a client and round": lambda item: (
+            f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s"
+        ),
         "memory of a client (estimate)": lambda item: human_bytes(item["client_memory_bytes"]),
         "work of a client and round": lambda item: f"{item['client_flops_per_round'] / 1e9:.1f} GFLOP",
     }
@@ -93,9 +95,7 @@ def methods(listing: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column)
     for item in listing:
         exact = {True: "exact", False: "approximate", None: "-"}[item["exact"]]
-        table.add_row(
-            item["method"], item["adapter"], item["strategy"], exact, f"{item['lr']:g}", item["description"]
-        )
+        table.add_row(item["method"], item["adapter"], item["strategy"], exact, f"{item['lr']:g}", item["description"])
     return table
 
 

@@ -84,7 +84,7 @@ class FederatedStrategy(Strategy):
 
     # What a method implements ------------------------------------------------------------------------------------
 
-    def prepare(self, model: AdaptedModel) -> None:  # noqa: B027
+    def prepare(self, model: AdaptedModel) -> None:
         """Look at the model once before the first round (on the meta device when planning).
 
         Raises:
@@ -105,7 +105,7 @@ class FederatedStrategy(Strategy):
             replies: what came back; failed clients are not among them.
         """
 
-    def failed(self, client: str) -> None:  # noqa: B027
+    def failed(self, client: str) -> None:
         """Called for a client that was addressed and did not answer with a usable reply."""
 
     def residual(self) -> dict[str, LowRank]:
@@ -120,7 +120,7 @@ class FederatedStrategy(Strategy):
         """Whatever must survive a restart: tensors, numbers, strings, and dictionaries and lists of them."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
 
     # Flower's Strategy -------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ def _minilm_tokenizer() -> list[Path]:
     assert spec is not None
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "model"
-    return [folder / name for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")]
+    return [
+        folder / name for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    ]
 
 
 def _save(model: object, folder: Path) -> Path:

@@ -96,5 +96,3 @@ class Classification(Task):
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "target"}
     return model(**inputs).logits.float()
-
-

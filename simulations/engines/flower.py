@@ -51,9 +51,7 @@ class FlowerGrid(ClientGrid):
         return replies
 
 
-def run_on_flower(
-    server: Callable[[Grid], None], app: ClientApp, workers: int, threads: int
-) -> None:
+def run_on_flower(server: Callable[[Grid], None], app: ClientApp, workers: int, threads: int) -> None:
     """Run ``server`` as a ServerApp beside ``workers`` Ray actors that execute ``app``.
 
     Raises:

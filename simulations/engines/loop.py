@@ -8,12 +8,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.errors import FedloraError
-from fedlora.grid import ClientGrid, error_reply
+from fedlora.grid import ClientGrid
 
 
 class LoopGrid(ClientGrid):
-    """Calls the ClientApp for every message, here and now. A client that fails costs its own update only."""
+    """Calls the ClientApp for every message, here and now."""
 
     def __init__(self, app: ClientApp, on_reply: Callable[[], None] = lambda: None) -> None:
         """Use ``app`` for every client; ``on_reply`` is called after each of them, for progress."""
@@ -27,10 +26,9 @@ class LoopGrid(ClientGrid):
         return [self._handle(request) for request in requests]
 
     def _handle(self, request: Message) -> Message:
-        context = Context(run_id=1, node_id=request.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
-        try:
-            return self.app(request, context)
-        except FedloraError as error:
-            return error_reply(request, str(error))
-        finally:
-            self.on_reply()
+        context = Context(
+            run_id=1, node_id=request.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={}
+        )
+        reply = self.app(request, context)
+        self.on_reply()
+        return reply

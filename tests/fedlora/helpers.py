@@ -28,7 +28,10 @@ ADAPTERS = {
     "fed_sb[seeded]": ["method=fed_sb", "adapter.basis=seeded"],
     "fed_sb[gradient]": ["method=fed_sb", "adapter.basis=gradient"],
 }
-SCALES = {"alpha": ["adapter.rank=4", "adapter.alpha=6"], "rslora": ["adapter.rank=4", "adapter.alpha=6", "adapter.rslora=true"]}
+SCALES = {
+    "alpha": ["adapter.rank=4", "adapter.alpha=6"],
+    "rslora": ["adapter.rank=4", "adapter.alpha=6", "adapter.rslora=true"],
+}
 FACTORS = {"alpha": 6 / 4, "rslora": 6 / 4**0.5}
 TARGETS = {
     "tiny_bert": "[query, intermediate.dense, output.dense]",
@@ -51,7 +54,9 @@ def started(federation: Federation) -> AdaptedModel:
 def bare_backbone(federation: Federation) -> PreTrainedModel:
     """The backbone with its task head and no adapter."""
     overrides = federation.task.model_overrides(federation.schema, federation.backbone.tokenizer())
-    return cast(PreTrainedModel, federation.backbone.load(federation.task.auto_class, federation.config.seed, **overrides))
+    return cast(
+        PreTrainedModel, federation.backbone.load(federation.task.auto_class, federation.config.seed, **overrides)
+    )
 
 
 def random_state(model: AdaptedModel, keys: Iterable[str], seed: int = 0) -> State:

@@ -41,7 +41,9 @@ def test_a_configuration_survives_its_own_plain_values(values):
     ],
 )
 def test_a_typo_names_the_nearest_setting(values, typo: str, meant: str):
-    with pytest.raises(InputError, match=rf"Unknown setting '{typo}'\. Did you mean '{meant}'\? Valid keys here: .*{meant}"):
+    with pytest.raises(
+        InputError, match=rf"Unknown setting '{typo}'\. Did you mean '{meant}'\? Valid keys here: .*{meant}"
+    ):
         load_config(put(values, typo, 1))
 
 

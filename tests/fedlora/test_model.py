@@ -9,7 +9,16 @@ from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
 from fedlora.federation import Federation
 from fedlora.store import ClientStore
-from tests.fedlora.helpers import ADAPTERS, TARGETS, assert_same, first_batch, logits, of_architecture, random_state, started
+from tests.fedlora.helpers import (
+    ADAPTERS,
+    TARGETS,
+    assert_same,
+    first_batch,
+    logits,
+    of_architecture,
+    random_state,
+    started,
+)
 
 
 @pytest.mark.parametrize("adapter", ["ffa", "fed_sb[seeded]"])

@@ -60,7 +60,11 @@ def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_a_mistake_is_one_paragraph_and_exit_status_two(
-    overrides: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["simulate", *overrides, "run_dir=here"]) == 2
@@ -105,7 +109,9 @@ def test_a_failed_trial_is_reported_and_the_sweep_goes_on(tiny_overrides: list[s
     assert [path.parent.name for path in (tmp_path / "s").glob("*/summary.json")] == ["1"]
 
 
-def test_plan_and_methods_print_one_json_document(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_and_methods_print_one_json_document(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "--json", *tiny_overrides, "adapter.rank=4"]) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {"upload_params", "download_params", "setup_params", "trainable_params", "total_bytes"} <= set(plan)

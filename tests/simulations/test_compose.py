@@ -27,7 +27,9 @@ def test_every_option_composes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [Path("config.yaml"), *FILES], ids=str)
 def test_the_first_comment_is_a_command_that_composes(path: Path) -> None:
-    comments = [line[2:] for line in (CONF / path).read_text().splitlines() if line.startswith("# ") and "@" not in line]
+    comments = [
+        line[2:] for line in (CONF / path).read_text().splitlines() if line.startswith("# ") and "@" not in line
+    ]
     program, command, *overrides = shlex.split(comments[0])
     assert (program, command) == ("fedlora", "simulate")
     compose_config(overrides)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
+from fedlora.errors import InputError
 from simulations.simulate import start
 from tests.conftest import Compose
 from tests.simulations.test_rounds import rounds_of
@@ -38,9 +39,7 @@ def test_flower_engine_equals_the_loop_engine(tiny: Compose, tmp_path: Path, met
         assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-6)
 
 
-def test_a_client_that_fails_under_flower_costs_its_own_update_only(tiny: Compose, tmp_path: Path) -> None:
-    from fedlora.errors import InputError
-
+def test_a_failure_under_flower_is_told_as_under_the_loop_engine(tiny: Compose, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"every client failed.*Lower client\.lr"):
         start(tiny("client.lr=1e30", "client.local_epochs=3", "engine=flower"), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()

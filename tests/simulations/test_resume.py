@@ -61,7 +61,9 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert all(expected[key].equal(actual[key]) for key in expected), path.name
 
 
-@pytest.mark.parametrize("kill", [{"client": 3}, {"client": 7}, {"client": 12}, {"round_end": 0}, {"round_end": 3}], ids=str)
+@pytest.mark.parametrize(
+    "kill", [{"client": 3}, {"client": 7}, {"client": 12}, {"round_end": 0}, {"round_end": 3}], ids=str
+)
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_resumes_to_the_same_bits(tiny: Compose, tmp_path: Path, case: str, kill: dict[str, int]) -> None:
     config = tiny(*CASES[case])

@@ -10,8 +10,9 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora import wire
 from fedlora.adapters import State
-from fedlora.errors import FedloraError, InputError
+from fedlora.errors import InputError
 from fedlora.federation import Federation
+from fedlora.grid import error_reply
 from fedlora.lowrank import relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.engines.loop import LoopGrid
@@ -129,8 +130,10 @@ def exchange(strategy: FederatedStrategy, failing: set[str]) -> tuple[list[Messa
     def client(message: Message, _: object) -> Message:
         name = grid.client_of(message.metadata.dst_node_id)
         if name in failing:
-            raise FedloraError("out of memory")
-        state = {key: value + len(name) for key, value in wire.from_record(message.content.array_records["arrays"]).items()}
+            return error_reply(message, "out of memory")
+        state = {
+            key: value + len(name) for key, value in wire.from_record(message.content.array_records["arrays"]).items()
+        }
         metrics = MetricRecord({"num-examples": len(name), "train_loss": 1.0})
         return Message(RecordDict({"arrays": wire.to_record(state), "metrics": metrics}), reply_to=message)
 
@@ -165,4 +168,3 @@ def test_uniform_weighting_ignores_the_number_of_examples() -> None:
     arrays, _ = strategy.aggregate_train(1, replies)
     assert arrays is not None
     torch.testing.assert_close(wire.from_record(arrays)["x"], torch.full((2, 3), 2.0))
-

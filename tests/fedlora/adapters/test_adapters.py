@@ -21,9 +21,9 @@ from tests.fedlora.helpers import (
     SCALES,
     TARGETS,
     assert_same,
+    bare_backbone,
     first_batch,
     logits,
-    bare_backbone,
     of_architecture,
     random_state,
     started,
@@ -104,7 +104,9 @@ def test_a_model_starts_as_the_backbone_except_with_the_gradient_basis(case: Cas
     assert same == (case.adapter != "fed_sb[gradient]")
 
 
-@pytest.mark.parametrize("case", cases("fed_sb[weight]", "fed_sb[seeded]", "fed_sb[gradient]"), indirect=True, ids="-".join)
+@pytest.mark.parametrize(
+    "case", cases("fed_sb[weight]", "fed_sb[seeded]", "fed_sb[gradient]"), indirect=True, ids="-".join
+)
 def test_fed_sb_with_r_zero_is_the_backbone(case: Case):
     start = case.model.read(case.model.trainable)
     case.model.load({key: torch.zeros_like(value) for key, value in start.items() if key not in case.model.head})

@@ -81,7 +81,11 @@ def test_the_seeded_basis_is_orthonormal(shape, data, seed):
 def test_the_seeded_basis_depends_on_seed_and_layer_only():
     first = seeded_basis(8, 6, 3, 1, "a")
     torch.randn(5)
-    again, other_seed, other_layer = seeded_basis(8, 6, 3, 1, "a"), seeded_basis(8, 6, 3, 2, "a"), seeded_basis(8, 6, 3, 1, "b")
+    again, other_seed, other_layer = (
+        seeded_basis(8, 6, 3, 1, "a"),
+        seeded_basis(8, 6, 3, 2, "a"),
+        seeded_basis(8, 6, 3, 1, "b"),
+    )
     assert torch.equal(first.left, again.left)
     assert torch.equal(first.right, again.right)
     for other in (other_seed, other_layer):
