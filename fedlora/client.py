@@ -166,6 +166,7 @@ def batch_order(
     """Batches of row numbers: a new shuffle each epoch, for ``epochs`` or, when set, exactly ``steps`` steps."""
     per_epoch = math.ceil(len(rows) / batch_size)
     total = epochs * per_epoch if steps is None else steps
+    order = rows
     for step in range(total):
         if step % per_epoch == 0:
             order = rng.permutation(rows)

@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Settings(BaseModel):
     """Base of every settings group: unknown keys are refused, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class BackboneConfig(Settings):

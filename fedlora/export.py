@@ -26,8 +26,8 @@ def export_adapter(
     """Write ``folder`` so that ``PeftModel.from_pretrained`` gives the same outputs.
 
     Every low-rank method becomes plain LoRA (Fed-SB as A and B R). ``fedlora_state.safetensors`` keeps the method's own
-    tensors, basis included. A full-rank base correction (FedEx) is no LoRA: it is written beside it and is in the merged
-    model.
+    tensors, basis included. A full-rank base correction (FedEx) is no LoRA: it is written beside it and is part of the
+    merged model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     adapter = federation.adapter

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
+from pandas.core.util.hashing import hash_pandas_object
 
 from fedlora.adapters import Adapter, State, build_adapter
 from fedlora.backbone import Backbone
@@ -52,7 +53,7 @@ def _tokens(data: str, partition: str, task: str, seed: int, backbone: str, max_
     dataset = _dataset(data, partition, task, seed)
     location = Backbone.from_config(BackboneConfig.model_validate_json(backbone))
     tokenizer = location.tokenizer()
-    text = pd.util.hash_pandas_object(dataset.rows.drop(columns="client", errors="ignore"), index=False).to_numpy()
+    text = hash_pandas_object(dataset.rows.drop(columns="client", errors="ignore"), index=False).to_numpy()
     vocabulary = hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     code = f"{type(dataset.task).__module__}.{type(dataset.task).__qualname__}"
     return cached(

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -32,6 +32,11 @@ def node_of(client: str) -> int:
 def error_reply(request: Message, reason: str) -> Message:
     """The reply of a client that failed."""
     return Message(Error(CLIENT_ERROR, reason), reply_to=request)
+
+
+def reason_of(reply: Message) -> str:
+    """Why a client failed."""
+    return reply.error.reason or "no reason given"
 
 
 class ClientGrid(Grid):
@@ -148,7 +153,7 @@ class CodecGrid(GridLayer):
         for name, record in request.content.items():
             if isinstance(record, ArrayRecord):
                 record = self._pack(record, name)
-            content[name] = record.__class__(dict(record)) if name == "config" else record
+            content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
         content.config_records["config"]["client-id"] = self.client_of(request.metadata.dst_node_id)
         packed = Message(content, request.metadata.dst_node_id, request.metadata.message_type)
         self._sent += 1
@@ -234,7 +239,7 @@ class MeterGrid(GridLayer):
 
     def up(self, request: Message, reply: Message) -> Message:
         """Record the reply."""
-        self._record(request, reply, "up", reply.error.reason if reply.has_error() else "ok")
+        self._record(request, reply, "up", reason_of(reply) if reply.has_error() else "ok")
         return reply
 
     def _record(self, request: Message, message: Message, direction: str, status: str = "ok") -> None:
@@ -247,6 +252,6 @@ class MeterGrid(GridLayer):
                 payload=sum(wire.tensor_bytes(record) for name, record in records.items() if name != "setup"),
                 setup=sum(wire.tensor_bytes(record) for name, record in records.items() if name == "setup"),
                 message=wire.message_bytes(message),
-                status=status.splitlines()[0][:200] if status else "error",
+                status=status.splitlines()[0][:200],
             )
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -150,13 +151,13 @@ def _inject(module: nn.Module, adapter: Adapter) -> nn.Module:
         ) from error
 
 
-def _check_ranks(layers: Mapping[str, nn.Module], adapter: Adapter) -> None:
+def _check_ranks(layers: Mapping[str, LoraLayer], adapter: Adapter) -> None:
     rank = adapter.config.rank
     for name, layer in layers.items():
         if any(ADAPTER_NAME not in getattr(layer, factor, ()) for factor in adapter.factors):
-            kind = type(layer.get_base_layer()).__name__  # pyright: ignore[reportCallIssue]
+            kind = type(layer.get_base_layer()).__name__
             raise InputError(f"adapter.target_modules names '{name}', a layer of type {kind}; choose linear layers.")
-        n, m = int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
+        n, m = int(layer.in_features), int(layer.out_features)  # pyright: ignore
         if rank > min(m, n):
             raise InputError(
                 f"adapter.rank = {rank} is larger than layer '{name}' ({m} x {n}). Use adapter.rank <= {min(m, n)}."

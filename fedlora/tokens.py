@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,16 +72,21 @@ def cached(key_parts: Sequence[str | bytes], make: Callable[[], TokenisedRows]) 
     path = cache_folder() / "tokens" / f"{digest.hexdigest()}.npz"
     if path.exists():
         with np.load(path) as stored:
-            segments = stored["segments"] if "segments" in stored else None
+            segments = stored.get("segments")
             return TokenisedRows(
                 stored["flat"], stored["offsets"], stored["targets"], segments, int(stored["truncated"])
             )
     rows = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"flat": rows.flat, "offsets": rows.offsets, "targets": rows.targets}
+    arrays: dict[str, Any] = {
+        "flat": rows.flat,
+        "offsets": rows.offsets,
+        "targets": rows.targets,
+        "truncated": np.int64(rows.truncated),
+    }
     if rows.segments is not None:
         arrays["segments"] = rows.segments
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, truncated=np.int64(rows.truncated), **arrays)
+    np.savez(temporary, **arrays)
     temporary.replace(path)
     return rows

@@ -1,0 +1,1 @@
+"""Simulations: what runs many clients. The command line, the round loop, the engines."""

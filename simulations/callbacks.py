@@ -71,8 +71,9 @@ class ProgressBar(Callback):
         if self._rounds is None:
             return
         value = record["metrics"].get(f"validation_{self.main_metric}")
-        note = {} if value is None else {"note": f"{self.main_metric} {value:.3f}"}
-        self.progress.update(self._rounds, completed=record["round"], **note)
+        self.progress.update(self._rounds, completed=record["round"])
+        if value is not None:
+            self.progress.update(self._rounds, note=f"{self.main_metric} {value:.3f}")
 
     def close(self) -> None:
         """Clear the bars."""

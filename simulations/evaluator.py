@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,5 +110,5 @@ def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 
-def _joined(rows_of: dict[str, np.ndarray]) -> np.ndarray:
+def _joined(rows_of: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([*rows_of.values(), np.zeros(0, dtype=np.int64)])

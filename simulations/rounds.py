@@ -15,7 +15,7 @@ from fedlora import wire
 from fedlora.adapters import State
 from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
-from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid
+from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, reason_of
 from fedlora.ledger import Ledger
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from simulations import checkpoint
@@ -25,7 +25,7 @@ from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
 from strategies.base import FederatedStrategy, weights
 
-PHASES = ("select", "train", "aggregate", "evaluate", "other")
+PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
 log = logging.getLogger("fedlora")
 
 
@@ -43,7 +43,7 @@ class FederatedRun:
         self.strategy = strategy
         self.ours = strategy if isinstance(strategy, FederatedStrategy) else None
         self.rounds = self.config.rounds if self.ours is None or self.ours.trains else 0
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         saved = checkpoint.load(folder.checkpoint)
         if saved is None:
             worker.reset()
@@ -108,7 +108,7 @@ class FederatedRun:
     def _failures(
         self, server_round: int, chosen: Sequence[str], replies: list[Message], grid: ClientGrid
     ) -> dict[str, str]:
-        failed = {grid.client_of(r.metadata.src_node_id): r.error.reason for r in replies if r.has_error()}
+        failed = {grid.client_of(r.metadata.src_node_id): reason_of(r) for r in replies if r.has_error()}
         for client, reason in failed.items():
             log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
         if replies and len(failed) == len(replies):

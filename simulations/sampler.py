@@ -16,7 +16,7 @@ def cohort(config: Config, clients: Sequence[str], server_round: int) -> tuple[s
     if size is None or size >= len(clients):
         return tuple(clients)
     chosen = numpy_rng(config.seed, "cohort", server_round).choice(len(clients), size=size, replace=False)
-    return tuple(clients[i] for i in np.sort(chosen))
+    return tuple(clients[int(i)] for i in np.sort(chosen))
 
 
 def panel(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
@@ -27,4 +27,4 @@ def panel(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
     if limit is None or len(seen) <= limit:
         return tuple(seen)
     chosen = numpy_rng(config.seed, "panel").choice(len(seen), size=limit, replace=False)
-    return tuple(seen[i] for i in np.sort(chosen))
+    return tuple(seen[int(i)] for i in np.sort(chosen))

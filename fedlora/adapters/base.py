@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from peft import LoraConfig
@@ -152,6 +152,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
+
+
+def factor_weight(layer: LoraLayer, factor: str, adapter_name: str = ADAPTER_NAME) -> nn.Parameter:
+    """The weight of one factor (``lora_A``, ``lora_B``, ...) of an injected layer."""
+    return cast(nn.Parameter, getattr(layer, factor)[adapter_name].weight)
 
 
 def seeded_uniform(rows: int, columns: int, seed: int, *keys: str) -> Tensor:

@@ -33,7 +33,7 @@ def gradient_basis(gradient: Tensor, rank: int, step: float) -> Basis:
 
 
 def weight_basis(weight: Tensor, rank: int) -> Basis:
-    """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): left = U_r S_r and right = V_r^T of W ``[m, n]``; R starts at 0."""
+    """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): left = U_r S_r, right = V_r^T of W ``[m, n]``; R starts at 0."""
     left, values, right = _signed_svd(weight.double(), rank)
     return Basis((left * values).to(weight), torch.zeros(rank), right.to(weight))
 

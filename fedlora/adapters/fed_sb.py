@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import bases
-from fedlora.adapters.base import ADAPTER_NAME, Adapter, AdapterConfig, State, modules_of, register
+from fedlora.adapters.base import Adapter, AdapterConfig, State, factor_weight, modules_of, register
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 
@@ -44,13 +44,14 @@ class FedSBLinear(Linear):
         if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
-            inner = self.lora_A[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+            inner = self.lora_A[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
             result = result + (self.lora_B[name](self.lora_R[name](inner)) * self.scaling[name]).to(result.dtype)
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s B R A in the orientation of the base weight, for merging."""
-        product = self.lora_B[adapter].weight @ self.lora_R[adapter].weight @ self.lora_A[adapter].weight
+        b, r, a = (factor_weight(self, factor, adapter) for factor in FedSB.factors)
+        product = b @ r @ a
         return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
 
 
@@ -108,7 +109,7 @@ class FedSB(Adapter):
         A client whose basis will be broadcast has no gradients: its basis stays zero until the server's arrives.
         """
         for name, layer in layers.items():
-            a, r, b = (getattr(layer, factor)[ADAPTER_NAME].weight for factor in ("lora_A", "lora_R", "lora_B"))
+            a, r, b = (factor_weight(layer, factor) for factor in ("lora_A", "lora_R", "lora_B"))
             with torch.no_grad():
                 if self.settings.basis == "seeded":
                     basis = bases.seeded_basis(b.shape[0], a.shape[1], self.config.rank, seed, name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from peft.tuners.lora import LoraLayer
 
-from fedlora.adapters.base import ADAPTER_NAME, Adapter, State, register, seeded_uniform
+from fedlora.adapters.base import Adapter, State, factor_weight, register, seeded_uniform
 
 
 @register("lora")
@@ -21,6 +21,6 @@ class Lora(Adapter):
         """A is seeded per layer, B is zero: the model starts as the backbone."""
         with torch.no_grad():
             for name, layer in layers.items():
-                a = layer.lora_A[ADAPTER_NAME].weight
-                a.copy_(seeded_uniform(*a.shape, seed, name))
-                layer.lora_B[ADAPTER_NAME].weight.zero_()
+                a = factor_weight(layer, "lora_A")
+                a.copy_(seeded_uniform(a.shape[0], a.shape[1], seed, name))
+                factor_weight(layer, "lora_B").zero_()

@@ -77,7 +77,7 @@ class Classification(Task):
         predicted, target = statistics["predicted"], statistics["target"]
         return {
             "accuracy": float((predicted == target).mean()),
-            "macro_f1": float(f1_score(target, predicted, average="macro", zero_division=0.0)),
+            "macro_f1": float(f1_score(target, predicted, average="macro", zero_division=0)),  # pyright: ignore
             "mcc": float(matthews_corrcoef(target, predicted)) if len(set(target)) > 1 else 0.0,
             "loss": float(statistics["loss"].mean()),
         }

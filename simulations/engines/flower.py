@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.errors import FedloraError
-from fedlora.grid import ClientGrid, error_reply
+from fedlora.grid import ClientGrid, error_reply, reason_of
 
 
 class FlowerGrid(ClientGrid):
@@ -43,7 +43,7 @@ class FlowerGrid(ClientGrid):
             for reply in self.grid.pull_messages(list(physical)):
                 request = physical.pop(reply.metadata.reply_to_message_id)
                 if reply.has_error():
-                    replies.append(error_reply(request, _cause(reply.error.reason)))
+                    replies.append(error_reply(request, _cause(reason_of(reply))))
                 else:
                     replies.append(Message(reply.content, reply_to=request))
                 self.on_reply()

@@ -8,24 +8,20 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from fedlora.errors import InputError
 from simulations.simulate import start
 from tests.conftest import Compose
+from tests.simulations.test_cli import fedlora
 from tests.simulations.test_rounds import rounds_of
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    # Ray leaves its own sockets, files and processes to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 
 
 @pytest.mark.parametrize("method", ["fedex", "fed_sb"])
-def test_flower_engine_equals_the_loop_engine(tiny: Compose, tmp_path: Path, method: str) -> None:
+def test_flower_engine_equals_the_loop_engine(
+    tiny: Compose, tiny_overrides: list[str], tmp_path: Path, method: str
+) -> None:
     start(tiny(f"method={method}", "engine=loop"), tmp_path / "loop")
-    summary = start(tiny(f"method={method}", "engine=flower", "engine.workers=2"), tmp_path / "flower")
-    assert summary["failures"] == 0
+    settings = [*tiny_overrides, f"method={method}", "adapter.rank=4", "engine=flower", "engine.workers=2"]
+    process = fedlora("simulate", *settings, f"run_dir={tmp_path / 'flower'}")
+    assert process.returncode == 0, process.stderr
     loop, flower = (load_file(tmp_path / n / "adapter" / "fedlora_state.safetensors") for n in ("loop", "flower"))
     for key, value in loop.items():
         assert value.sub(flower[key]).abs().max() <= 1e-6, key
@@ -39,7 +35,10 @@ def test_flower_engine_equals_the_loop_engine(tiny: Compose, tmp_path: Path, met
         assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-6)
 
 
-def test_a_failure_under_flower_is_told_as_under_the_loop_engine(tiny: Compose, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"every client failed.*Lower client\.lr"):
-        start(tiny("client.lr=1e30", "client.local_epochs=3", "engine=flower"), tmp_path / "run")
+def test_a_failure_under_flower_is_told_as_under_the_loop_engine(tiny_overrides: list[str], tmp_path: Path) -> None:
+    settings = [*tiny_overrides, "adapter.rank=4", "client.lr=1e30", "client.local_epochs=3", "engine=flower"]
+    process = fedlora("simulate", *settings, f"run_dir={tmp_path / 'run'}")
+    assert process.returncode == 2
+    assert "every client failed" in process.stderr
+    assert "Lower client.lr" in process.stderr
     assert not (tmp_path / "run" / "summary.json").exists()

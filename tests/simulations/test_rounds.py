@@ -40,7 +40,8 @@ def test_every_method_leaves_a_complete_run_folder(tiny: Compose, tmp_path: Path
     )
     for record in records:
         assert set(record) >= {
-            "round", "loss", "metrics", "clients", *COUNTS, "aggregation_error", "cohort", "failures", "seconds", "epsilon",
+            "round", "loss", "metrics", "clients", *COUNTS, "aggregation_error", "cohort", "failures", "seconds",
+            "epsilon",
         }  # fmt: skip
         assert set(record["seconds"]) == {"select", "train", "aggregate", "evaluate", "other"}
         assert record["aggregation_error"] is not None or record["aggregation_error_reason"]
