@@ -32,27 +32,34 @@ class Entry:
     status: str = "ok"
 
 
+TOTALS = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
 COLUMNS = ("round", "client", "direction", "payload", "setup", "message", "status")
 
 
 class Ledger:
-    """Entries in the order they were made, with totals per round."""
+    """Entries in the order they were made, with running totals per round."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self.entries = list(entries)
+        self.entries: list[Entry] = []
+        self._rounds: dict[int, dict[str, int]] = {}
+        for entry in entries:
+            self.add(entry)
 
     def add(self, entry: Entry) -> None:
         """Append one message."""
         self.entries.append(entry)
+        sums = self._rounds.setdefault(entry.round, dict.fromkeys(TOTALS, 0))
+        sums[f"payload_{entry.direction}"] += entry.payload
+        sums[f"message_{entry.direction}"] += entry.message
+        sums["setup_bytes"] += entry.setup
 
     def round_totals(self, server_round: int) -> dict[str, int]:
         """``payload_up``, ``payload_down``, ``message_up``, ``message_down`` and ``setup_bytes`` of one round."""
-        entries = [entry for entry in self.entries if entry.round == server_round]
-        return _totals(entries)
+        return dict(self._rounds.get(server_round, dict.fromkeys(TOTALS, 0)))
 
     def totals(self) -> dict[str, int]:
         """The same sums over the whole run."""
-        return _totals(self.entries)
+        return {name: sum(sums[name] for sums in self._rounds.values()) for name in TOTALS}
 
     def frame(self) -> pd.DataFrame:
         """All entries as a table."""
@@ -67,18 +74,5 @@ class Ledger:
     @classmethod
     def read(cls, path: Path) -> Ledger:
         """Read a table written by :meth:`write`."""
-        return cls(
-            Entry(**{str(key): value for key, value in row.items()}) for row in pd.read_parquet(path).to_dict("records")
-        )
-
-
-def _totals(entries: list[Entry]) -> dict[str, int]:
-    up = [entry for entry in entries if entry.direction == "up"]
-    down = [entry for entry in entries if entry.direction == "down"]
-    return {
-        "payload_up": sum(entry.payload for entry in up),
-        "payload_down": sum(entry.payload for entry in down),
-        "message_up": sum(entry.message for entry in up),
-        "message_down": sum(entry.message for entry in down),
-        "setup_bytes": sum(entry.setup for entry in entries),
-    }
+        rows = pd.read_parquet(path).to_dict("records")
+        return cls(Entry(**{str(key): value for key, value in row.items()}) for row in rows)

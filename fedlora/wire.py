@@ -58,7 +58,7 @@ def unpack(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> dict[str
 
 def to_record(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Ordinary Flower arrays, as strategies see them."""
-    return ArrayRecord({key: Array(np.ascontiguousarray(tensor.cpu().numpy())) for key, tensor in state.items()})
+    return ArrayRecord({key: Array(np.asarray(tensor.cpu().numpy(), order="C")) for key, tensor in state.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, torch.Tensor]:

@@ -65,11 +65,10 @@ def load(folder: Path) -> tuple[Checkpoint, Ledger] | None:
     if not path.exists():
         return None
     checkpoint = Checkpoint(**torch.load(path, weights_only=True))
-    ledger = Ledger()
-    for part in sorted(folder.glob("ledger_*.parquet")):
-        if int(part.stem.removeprefix("ledger_")) <= checkpoint.round:
-            ledger.entries.extend(Ledger.read(part).entries)
-    return checkpoint, ledger
+    parts = [
+        p for p in sorted(folder.glob("ledger_*.parquet")) if int(p.stem.removeprefix("ledger_")) <= checkpoint.round
+    ]
+    return checkpoint, Ledger(entry for part in parts for entry in Ledger.read(part).entries)
 
 
 def remove(folder: Path) -> None:

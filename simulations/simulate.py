@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fedlora import __version__
 from fedlora.adapters import Adapter
-from fedlora.client import client_app, worker_for
+from fedlora.client import Worker, client_app, worker_for
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
@@ -90,12 +90,7 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
     worker = worker_for(config.model_dump_json(), str(folder.path))
     callbacks = [*callbacks, ProgressBar(worker.federation.task.main_metric)]
     try:
-        log.info("method %s, engine %s, seed %d", config.method, config.engine.name, config.seed)
-        index = worker.federation.index
-        log.info(
-            "%d training clients, %d unseen, %d public rows; %d clients left out (%d rows)",
-            len(index.clients), len(index.unseen), len(index.public), index.left_out_clients, index.left_out_rows,
-        )  # fmt: skip
+        _log_start(worker)
         run = FederatedRun(worker, build_strategy(config.strategy, worker.model), folder, callbacks)
         on_reply = partial(_each_client, callbacks)
         app = client_app(config.model_dump(), str(folder.path))
@@ -118,6 +113,20 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
         flower.setLevel(flower_level)
         log.removeHandler(handler)
         handler.close()
+
+
+def _log_start(worker: Worker) -> None:
+    config, index, tokens = worker.federation.config, worker.federation.index, worker.federation.tokens
+    log.info("method %s, engine %s, seed %d", config.method, config.engine.name, config.seed)
+    log.info("%d training clients, %d unseen, %d public rows", len(index.clients), len(index.unseen), len(index.public))
+    if index.left_out_clients:
+        log.info(
+            "left out: %d clients (%d rows) with fewer than partition.min_rows=%d rows",
+            index.left_out_clients, index.left_out_rows, config.partition.min_rows,
+        )  # fmt: skip
+    if tokens.truncated:
+        log.info("%d of %d rows cut to client.max_length=%d tokens",
+                 tokens.truncated, len(tokens.targets), config.client.max_length)  # fmt: skip
 
 
 def _each_client(callbacks: Sequence[Callback]) -> None:
