@@ -32,6 +32,7 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     adapter = federation.adapter
     deltas = adapter.delta({**frozen, **state})
+    layers = federation.build_meta_model().layers.values()
     config = LoraConfig(
         r=adapter.config.rank,
         lora_alpha=adapter.config.alpha,  # pyright: ignore[reportArgumentType]
@@ -39,6 +40,7 @@ def export_adapter(
         target_modules=sorted({module.split(".")[-1] for module in deltas})
         if adapter.config.target_modules is None
         else adapter.config.target_modules,
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
         modules_to_save=sorted({key.split(".")[0] for key in head}) or None,
         task_type=_TASK_TYPES.get(federation.task.auto_class),
         base_model_name_or_path=federation.backbone.path,

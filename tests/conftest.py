@@ -114,7 +114,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL of 60 prompts and completions at 6 sites."""
     rng = np.random.default_rng(0)
     rows = [
-        {"prompt": f"what is {a} plus {b} ?", "completion": f"{a + b} of course", "site": f"s{i % 6}"}
+        {
+            "prompt": f"{'please ' * (i % 4)}what is {a} plus {b} ?",
+            "completion": f"{a + b} of course",
+            "site": f"s{i % 6}",
+        }
         for i, (a, b) in enumerate(rng.integers(1, 20, size=(60, 2)))
     ]
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.ledger import COLUMNS, Entry, Ledger
+
+SIZES = st.integers(0, 2**40)
+ENTRIES = st.lists(
+    st.builds(
+        Entry,
+        round=st.integers(1, 3),
+        client=st.text(st.characters(codec="utf-8"), max_size=5),
+        direction=st.sampled_from(["up", "down"]),
+        payload=SIZES,
+        setup=SIZES,
+        message=SIZES,
+        status=st.sampled_from(["ok", "client failed"]),
+    ),
+    max_size=12,
+)
+
+
+@given(ENTRIES)
+def test_the_totals_of_a_run_are_the_sums_of_its_rounds(entries):
+    ledger = Ledger(entries)
+    rounds = [ledger.round_totals(server_round) for server_round in (1, 2, 3)]
+    assert ledger.totals() == {key: sum(totals[key] for totals in rounds) for key in rounds[0]}
+
+
+def test_totals_are_by_direction_and_setup_is_apart():
+    ledger = Ledger(
+        [
+            Entry(1, "a", "down", payload=100, setup=10, message=150),
+            Entry(1, "a", "up", payload=90, setup=0, message=95),
+            Entry(1, "b", "down", payload=100, setup=0, message=140),
+            Entry(1, "b", "up", payload=0, setup=0, message=64, status="out of memory"),
+            Entry(2, "a", "up", payload=1000, setup=0, message=1000),
+        ]
+    )
+    assert ledger.round_totals(1) == {
+        "payload_up": 90, "payload_down": 200, "message_up": 159, "message_down": 290, "setup_bytes": 10,
+    }  # fmt: skip
+    assert set(ledger.round_totals(7).values()) == {0}
+
+
+@settings(deadline=None, max_examples=25)
+@given(entries=ENTRIES)
+def test_a_ledger_that_was_written_is_read_as_it_was(tmp_path_factory, entries):
+    path: Path = tmp_path_factory.mktemp("ledger") / "ledger.parquet"
+    ledger = Ledger(entries)
+    ledger.write(path)
+    assert Ledger.read(path).entries == ledger.entries
+    assert [file.name for file in path.parent.iterdir()] == ["ledger.parquet"]
+
+
+def test_the_table_has_all_columns_even_without_rows():
+    assert tuple(Ledger().frame().columns) == COLUMNS
+
+
+def test_entries_stay_in_the_order_they_were_made():
+    ledger = Ledger()
+    for client in ("b", "a", "c"):
+        ledger.add(Entry(1, client, "up", 0, 0, 0))
+    assert list(ledger.frame()["client"]) == ["b", "a", "c"]
