@@ -59,6 +59,7 @@ class FederatedRun:
             delivered = at.delivered
         folder.truncate_rounds(self.completed)
         self._saved_round = self.completed
+        self._unrecorded = 0.0  # seconds after the previous round was written down: its checkpoint
         self._delivered = set(delivered)
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
@@ -174,11 +175,13 @@ class FederatedRun:
             "epsilon": None,
         }
         self.completed = server_round
-        self.seconds["other"] = time.perf_counter() - started - self.seconds["evaluate"]
+        self.seconds["other"] = time.perf_counter() - started - self.seconds["evaluate"] + self._unrecorded
         record["seconds"] = {phase: round(value, 6) for phase, value in self.seconds.items()}
+        written = time.perf_counter()
         self.folder.append_round(record)
         self._tell(lambda c: c.on_round_end(record))
         self._checkpoint(server_round, chosen)
+        self._unrecorded = time.perf_counter() - written
 
     def _checkpoint(self, server_round: int, chosen: Sequence[str]) -> None:
         every = self.config.checkpoint.every

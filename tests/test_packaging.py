@@ -51,7 +51,8 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
         f"sys.path[:] = [{str(installed)!r}] + [p for p in sys.path if p not in ('', {str(ROOT)!r})];"
         "from simulations.cli import main; import simulations;"
-        f"assert simulations.__file__.startswith({str(installed)!r}), simulations.__file__; sys.exit(main(sys.argv[1:]))"
+        f"assert simulations.__file__.startswith({str(installed)!r}), simulations.__file__;"
+        "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)

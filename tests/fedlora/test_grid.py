@@ -78,9 +78,17 @@ LIES = {
     "other type": (lambda message: reply(message, wire.pack(numbers(), "bf16")), "got bfloat16"),
     "unpacked": (lambda message: reply(message, wire.to_record(numbers())), "expected one packed array"),
     "no arrays": (lambda message: reply(message, None), "no arrays"),
-    "arrays of another kind": (raw_reply(RecordDict({"arrays": ConfigRecord(), "metrics": MetricRecord({"num-examples": 1, "train_loss": 0.1})})), "no arrays"),
+    "arrays of another kind": (
+        raw_reply(
+            RecordDict({"arrays": ConfigRecord(), "metrics": MetricRecord({"num-examples": 1, "train_loss": 0.1})})
+        ),
+        "no arrays",
+    ),
     "no metrics": (raw_reply(RecordDict({"arrays": wire.pack(numbers())})), "num-examples is None"),
-    "metrics of another kind": (raw_reply(RecordDict({"arrays": wire.pack(numbers()), "metrics": ConfigRecord()})), "num-examples is None"),
+    "metrics of another kind": (
+        raw_reply(RecordDict({"arrays": wire.pack(numbers()), "metrics": ConfigRecord()})),
+        "num-examples is None",
+    ),
     "no examples": (raw_reply(metrics(num_examples=0, train_loss=0.1)), "num-examples is 0"),
     "negative examples": (raw_reply(metrics(num_examples=-5, train_loss=0.1)), "num-examples is -5"),
     "fractional examples": (raw_reply(metrics(num_examples=0.5, train_loss=0.1)), "num-examples is 0.5"),

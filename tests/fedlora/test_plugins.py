@@ -61,7 +61,8 @@ def test_two_files_of_one_name_do_not_meet(here: Path):
 
 
 def test_a_file_with_a_dataclass_loads(here: Path):
-    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Mine:\n    x: int = 5\n"
+    imports = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text = f"{imports}@dataclass\nclass Mine:\n    x: int = 5\n"
     write(here / "mine.py", text)
     assert load_object("./mine.py:Mine", "task.name")().x == 5
 

@@ -38,7 +38,8 @@ def array(data: bytes, dtype: str = "float32", stype: str = wire.STYPE, shape: t
 
 @promise
 @given(
-    st.integers(0, 3000), DTYPES, st.text(min_size=1, max_size=20), st.integers(1, 10**6), st.lists(st.text(max_size=9)),
+    st.integers(0, 3000), DTYPES, st.text(min_size=1, max_size=20), st.integers(1, 10**6),
+    st.lists(st.text(max_size=9)),
     st.one_of(st.none(), st.integers(1, 500)), st.one_of(st.none(), st.integers(1, 500)),
 )  # fmt: skip
 def test_message_bytes_of_a_request_is_its_serialised_length(
