@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 
 def console() -> Console:
-    """Standard output; a file or pipe is 120 columns wide, so that no table is cut."""
+    """Standard output; a file or pipe is 140 columns wide, so that no table is cut."""
     out = Console()
-    return out if out.is_terminal else Console(width=120)
+    return out if out.is_terminal else Console(width=140)
 
 
 def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
@@ -31,7 +32,7 @@ def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
         sent = summary["communicates"]
         error = summary["aggregation_error"]
         table.add_row(
-            summary["label"],
+            escape(summary["label"]),
             _number(final["metrics"].get(f"validation_{name}")),
             _number(final["metrics"].get(f"test_{name}")),
             _number(clients.get("mean")),
@@ -67,7 +68,7 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
     table = Table(title=f"{rounds} rounds, {clients:.0f} clients a round, {bandwidth:g} Mbit/s", title_justify="left")
     table.add_column("", no_wrap=True)
     for item in items:
-        table.add_column(item["label"], justify="right", no_wrap=True)
+        table.add_column(escape(item["label"]), justify="right", no_wrap=True)
     quantities: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "trainable parameters": lambda item: f"{item['trainable_params']:,}",
         "up, a client and round": lambda item: human_bytes(item["payload_up_per_client"]),
