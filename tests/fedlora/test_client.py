@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from fedlora.federation import Federation
 from fedlora.grid import node_of
 from fedlora.lowrank import LowRank
 from fedlora.store import ClientRecord, ClientStore
-from tests.fedlora.helpers import ADAPTERS, assert_same, random_state, request, started
+from tests.fedlora.helpers import ADAPTERS, assert_same, first_batch, logits, random_state, request, started
 
 
 def make_worker(config, folder: Path) -> Worker:
@@ -341,14 +341,36 @@ def test_a_round_that_is_run_again_corrects_the_base_once(tiny, tmp_path: Path):
         torch.testing.assert_close(held(worker, client, 2)[module], total)
 
 
-def test_the_client_app_is_the_worker(tiny, tmp_path: Path):
-    from flwr.app import Context, RecordDict
+def test_a_worker_can_be_put_back_to_its_start(tiny, tmp_path: Path):
+    worker = make_worker(tiny("method=fed_sb", "adapter.basis=weight"), tmp_path)
+    batch = first_batch(worker.federation)
+    before = logits(worker.model.module, batch)
+    worker.model.load(random_state(worker.model, (*worker.model.trainable, *worker.model.frozen)))
+    worker.model.set_base_correction({name: torch.ones(32, 32) for name in worker.model.layers})
+    assert not torch.equal(logits(worker.model.module, batch), before)
+    worker.reset()
+    assert torch.equal(logits(worker.model.module, batch), before)
 
+
+def context() -> Context:
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+
+
+def test_a_client_that_fails_answers_why(tiny, tmp_path: Path):
+    config = tiny()
+    worker = make_worker(config, tmp_path / "worker")
+    message = message_to(worker, worker.federation.clients[0], **{"proximal-mu": 0.1})
+    reply = client_app(config.model_dump(), str(tmp_path / "app"))(message, context())
+    assert reply.has_error()
+    assert "proximal-mu" in reply.error.reason
+    assert reply.metadata.src_node_id == message.metadata.dst_node_id
+
+
+def test_the_client_app_is_the_worker(tiny, tmp_path: Path):
     config = tiny()
     worker = make_worker(config, tmp_path / "worker")
     client = worker.federation.clients[0]
     state = random_state(worker.model, worker.model.shared)
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    reply = client_app(config.model_dump(), str(tmp_path / "app"))(message_to(worker, client, 1, state), context)
+    reply = client_app(config.model_dump(), str(tmp_path / "app"))(message_to(worker, client, 1, state), context())
     expected = worker.handle(message_to(worker, client, 1, state))
     assert_same(returned(worker, reply), returned(worker, expected))

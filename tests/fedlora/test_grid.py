@@ -120,9 +120,19 @@ def test_a_client_that_never_answers_costs_only_its_own_update():
 
 def test_replies_come_back_in_cohort_order_whatever_order_the_engine_has():
     for cohort in (COHORT, COHORT[::-1]):
-        stack = Stack(lambda message: reply(message, message.content.array_records["arrays"], examples=9))
+        stack = Stack()
         assert [stack.client(message) for message in stack.round(cohort=cohort)] == list(cohort)
+        assert [stack.client(message) for message in stack.engine.answers] == list(cohort[::-1])
     assert Engine().send_and_receive([]) == []
+
+
+def test_messages_go_out_in_cohort_order_whatever_order_the_strategy_has():
+    stack = Stack()
+    stack.grid.begin_round(1, COHORT)
+    record = wire.to_record(numbers())
+    replies = stack.grid.send_and_receive([request(node_of(client), record) for client in ("mia", "adam", "zoe")])
+    assert [stack.grid.client_of(m.metadata.dst_node_id) for m in stack.engine.requests] == list(COHORT)
+    assert [stack.client(message) for message in replies] == list(COHORT)
 
 
 def test_a_reply_carries_the_update_of_its_own_client():
@@ -139,10 +149,12 @@ def test_a_reply_carries_the_update_of_its_own_client():
 
 def test_every_message_names_its_client_and_keeps_the_instructions():
     stack = Stack()
-    stack.round(server_round=4)
+    stack.grid.begin_round(1, COHORT)
+    record = wire.to_record(numbers())
+    stack.grid.send_and_receive([request(node, record, lr=0.5) for node in stack.grid.get_node_ids()])
     records = [message.content.config_records["config"] for message in stack.engine.requests]
     assert [record["client-id"] for record in records] == list(COHORT)
-    assert all(record["server-round"] == 1 for record in records)  # what the strategy wrote
+    assert all(record["lr"] == 0.5 and record["server-round"] == 1 for record in records)
 
 
 def test_a_strategy_sees_exactly_the_cohort_of_the_round():
