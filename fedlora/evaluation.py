@@ -58,7 +58,8 @@ def loss_gradients(
 ) -> dict[str, Tensor]:
     """Summed gradient of the loss with respect to each adapted base weight, ``{module: [m, n]}``.
 
-    Each batch's mean loss is weighted by its rows, so the result does not depend on ``batch_size``.
+    Each batch's mean loss is weighted by what it is a mean over (:meth:`Task.weight`), so the result does not depend on
+    ``batch_size``.
     """
     bases = {name: layer.get_base_layer() for name, layer in model.layers.items()}
     weights: dict[str, Tensor] = {name: base.weight for name, base in bases.items()}  # pyright: ignore
@@ -67,7 +68,8 @@ def loss_gradients(
         weight.requires_grad_(True)
     try:
         for batch in _batches(rows, batch_size):
-            (task.loss(model.module, collate(tokens, batch, pad_id)) * len(batch)).backward()
+            collated = collate(tokens, batch, pad_id)
+            (task.loss(model.module, collated) * task.weight(collated)).backward()
         return {
             name: (weight.grad.T if isinstance(bases[name], Conv1D) else weight.grad).clone()  # pyright: ignore
             for name, weight in weights.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -52,6 +52,16 @@ class Ledger:
         sums[f"payload_{entry.direction}"] += entry.payload
         sums[f"message_{entry.direction}"] += entry.message
         sums["setup_bytes"] += entry.setup
+
+    def refuse(self, server_round: int, client: str, reason: str) -> None:
+        """Note that the reply of ``client`` travelled but was not used, and why."""
+        for place in range(len(self.entries) - 1, -1, -1):
+            entry = self.entries[place]
+            if entry.round != server_round:
+                return
+            if entry.client == client and entry.direction == "up":
+                self.entries[place] = replace(entry, status=reason.splitlines()[0][:200])
+                return
 
     def round_totals(self, server_round: int) -> dict[str, int]:
         """``payload_up``, ``payload_down``, ``message_up``, ``message_down`` and ``setup_bytes`` of one round."""

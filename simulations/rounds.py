@@ -111,6 +111,7 @@ class FederatedRun:
     ) -> dict[str, str]:
         failed = {grid.client_of(r.metadata.src_node_id): reason_of(r) for r in replies if r.has_error()}
         for client, reason in failed.items():
+            self.ledger.refuse(server_round, client, reason)
             log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
         if replies and len(failed) == len(replies):
             client, reason = next(iter(failed.items()))

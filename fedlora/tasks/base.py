@@ -70,6 +70,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch, a scalar."""
 
+    def weight(self, batch: Batch) -> int:
+        """What the mean of :meth:`loss` was taken over: the rows of the batch."""
+        return len(batch["target"])
+
     @abstractmethod
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Numbers per row ``{name: [rows]}`` from which metrics of any group of rows can be computed."""

@@ -40,9 +40,9 @@ class CausalLM(Task):
         answers: Any = tokenizer(rows["label"].astype(str).tolist(), add_special_tokens=False)["input_ids"]
         ids, starts, truncated = [], [], 0
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            answer = (answer + end)[: max_length - 1]
             if not answer:
                 raise InputError(f"Row {number} has an empty completion (data.label): there is no token to learn.")
+            answer = (answer + end)[: max_length - 1]
             room = max(max_length - len(answer), 1)
             truncated += len(prompt) > room
             prompt = prompt[-room:] or end
@@ -54,6 +54,10 @@ class CausalLM(Task):
         """Mean cross-entropy over the completion tokens of the batch."""
         loss, _, mask = _completion(model, batch)
         return loss.sum() / mask.sum()
+
+    def weight(self, batch: Batch) -> int:
+        """The completion tokens of the batch."""
+        return int(_completion_mask(batch).sum())
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Summed loss, completion tokens and correct tokens of every row."""
@@ -79,7 +83,13 @@ def _completion(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]
     """Loss, hit and mask of every predicted position ``[b, t - 1]``; loss is zero outside the completion."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
     following = batch["input_ids"][:, 1:]
-    position = torch.arange(1, following.shape[1] + 1, device=following.device)
-    mask = (position >= batch["target"][:, None]) & (batch["attention_mask"][:, 1:] == 1)
+    mask = _completion_mask(batch)
     loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view_as(following)
     return loss * mask, logits.argmax(-1) == following, mask
+
+
+def _completion_mask(batch: Batch) -> Tensor:
+    """Which predicted positions belong to the completion ``[b, t - 1]``."""
+    mask = batch["attention_mask"][:, 1:] == 1
+    position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (position >= batch["target"][:, None]) & mask

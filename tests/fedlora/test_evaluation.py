@@ -130,3 +130,15 @@ def test_loss_gradients_leave_the_model_as_it_was(tiny):
     assert_same(dict(model.module.named_parameters()), before)
     once, twice = (gradients(federation, model, ROWS, 4) for _ in range(2))
     assert_same(twice, once)  # nothing accumulates
+
+
+def test_gradients_of_a_language_model_do_not_depend_on_the_batch_size(tiny_lm):
+    federation = Federation(tiny_lm("method=fed_sb"))
+    model = federation.build_model()
+    rows = federation.index.public
+    by_size = [
+        loss_gradients(model, federation.task, federation.tokens, rows, size, federation.pad_id) for size in (1, 5, 8)
+    ]
+    for name, expected in by_size[0].items():
+        for other in by_size[1:]:
+            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()) + 1e-7)

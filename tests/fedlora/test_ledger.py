@@ -65,3 +65,11 @@ def test_entries_stay_in_the_order_they_were_made():
     for client in ("b", "a", "c"):
         ledger.add(Entry(1, client, "up", 0, 0, 0))
     assert list(ledger.frame()["client"]) == ["b", "a", "c"]
+
+
+def test_a_reply_that_was_refused_says_why_and_keeps_its_bytes() -> None:
+    ledger = Ledger([Entry(1, "a", "down", 8, 0, 90), Entry(1, "a", "up", 8, 0, 80), Entry(1, "b", "up", 8, 0, 80)])
+    before = ledger.totals()
+    ledger.refuse(1, "a", "refused reply: not finite")
+    assert [entry.status for entry in ledger.entries] == ["ok", "refused reply: not finite", "ok"]
+    assert ledger.totals() == before
