@@ -25,6 +25,7 @@ from fedlora.client import steps_for
 from fedlora.config import Config
 from fedlora.federation import Federation
 from fedlora.grid import node_of
+from fedlora.ledger import TOTALS
 from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
 from simulations.compose import CONF, options
@@ -69,7 +70,7 @@ def plan_run(config: Config) -> dict[str, Any]:
         "payload_down_per_client": traffic["payload_down"] / messages,
         "setup_bytes_per_client": setup * FP32 if communicates and rounds else 0,
         "message_bytes_per_client_round": (traffic["message_up"] + traffic["message_down"]) / messages,
-        **{key: traffic[key] for key in ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")},
+        **{key: traffic[key] for key in TOTALS},
         "total_bytes": traffic["message_up"] + traffic["message_down"],
         "per_round": traffic["per_round"],
         "client_memory_bytes": _client_memory(federation, model, trainable),
@@ -119,8 +120,7 @@ def _traffic(
         total["clients"] += len(chosen)
         for key, value in sums.items():
             total[key] += value
-        keys = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
-        per_round.append({"round": server_round, **{key: sums[key] for key in keys}})
+        per_round.append({"round": server_round, **{key: sums[key] for key in TOTALS}})
     return defaultdict(int, total) | {"per_round": per_round}  # type: ignore[return-value]
 
 
