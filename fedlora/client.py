@@ -7,11 +7,10 @@ holds the frozen backbone, so it can train one client after the other.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +24,20 @@ from fedlora.errors import FedloraError
 from fedlora.federation import Federation
 from fedlora.grid import error_reply
 from fedlora.model import AdaptedModel
-from fedlora.seeding import numpy_rng
+from fedlora.schedule import learning_rate
+from fedlora.seeding import derive_seed, numpy_rng
 from fedlora.store import ClientRecord, ClientStore
-from fedlora.tasks import collate
+from fedlora.training import train_steps
 
 KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction"}
+
+
+class Result(NamedTuple):
+    """What training gave: mean loss, number of examples, and the optimiser's moments if they are kept."""
+
+    loss: float
+    examples: int
+    moments: State
 
 
 class Worker:
@@ -61,12 +69,12 @@ class Worker:
         if not personal:
             layout = self.model.shapes(shared)
             self.model.load(wire.unpack(content.array_records["arrays"], layout, self.federation.config.wire.dtype))
-        loss, examples = self.train(pool or [client], server_round, client)
+        result = self.train(pool or [client], server_round, client, record.optimizer)
 
         kept = self.model.trainable if personal else self.model.private
-        if kept or references:
-            self.store.write(client, server_round, ClientRecord(self.model.read(kept), references))
-        reply = RecordDict({"metrics": MetricRecord({"num-examples": examples, "train_loss": loss})})
+        if kept or references or result.moments:
+            self.store.write(client, server_round, ClientRecord(self.model.read(kept), references, result.moments))
+        reply = RecordDict({"metrics": MetricRecord({"num-examples": result.examples, "train_loss": result.loss})})
         if not personal:
             reply["arrays"] = wire.pack(self.model.read(shared), self.federation.config.wire.dtype)
         return Message(reply, reply_to=message)
@@ -81,33 +89,30 @@ class Worker:
         record = self.store.read(client, before_round)
         self._prepare(record, record.references)
 
-    def train(self, clients: Iterable[str], server_round: int, stream: str) -> tuple[float, int]:
-        """Train the loaded state on the rows of ``clients``; return mean loss and number of examples.
+    def train(
+        self, clients: Iterable[str], server_round: int, stream: str, moments: Mapping[str, torch.Tensor] | None = None
+    ) -> Result:
+        """Train the loaded state on the rows of ``clients``, continuing from the optimiser's ``moments``.
 
         The order of rows depends on (seed, round, ``stream``) only.
 
         Raises:
             FedloraError: a loss is not finite.
         """
-        federation, settings = self.federation, self.federation.config.client
+        federation, config = self.federation, self.federation.config
         rows = np.concatenate([federation.index.train[client] for client in clients])
-        self.model.own_trainables()
-        optimizer = _optimizer(self.model.parameters(), settings.optimizer, settings.lr)
-        losses: list[float] = []
-        rng = numpy_rng(federation.config.seed, "batches", server_round, stream)
-        for batch in batch_order(rows, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
-            loss = federation.task.loss(self.model.module, collate(federation.tokens, batch, federation.pad_id))
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise FedloraError(
-                    f"the loss is {losses[-1]} at local step {len(losses)} of client '{stream}' in round "
-                    f"{server_round}. Lower client.lr (now {settings.lr})"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        self.model.assert_trainables()
-        return float(np.mean(losses)), len(rows)
+        rng = numpy_rng(config.seed, "batches", server_round, stream)
+        rate = partial(learning_rate, config.client, server_round, config.rounds)
+        dropout = derive_seed(config.seed, "dropout", server_round, stream)
+        try:
+            loss, kept = train_steps(
+                self.model, federation.task, federation.rows, rows, config.client, rng, rate, dropout, moments or {}
+            )
+        except FedloraError as error:
+            raise FedloraError(
+                f"{error} of client '{stream}' in round {server_round}. Lower client.lr (now {config.client.lr})"
+            ) from error
+        return Result(loss, len(rows), kept)
 
     def _receive(self, held: Mapping[str, str], content: RecordDict) -> dict[str, str]:
         """Store what came with the message beyond the shared tensors; return the client's new references."""
@@ -158,31 +163,6 @@ class Worker:
         if cached is None or cached[0] != key:
             cached = self._shared_content[kind] = (key, self.store.get_shared(key))
         return cached[1]
-
-
-def batch_order(
-    rows: np.ndarray, batch_size: int, epochs: int, steps: int | None, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Batches of row numbers: a new shuffle each epoch, for ``epochs`` or, when set, exactly ``steps`` steps."""
-    per_epoch = math.ceil(len(rows) / batch_size)
-    total = epochs * per_epoch if steps is None else steps
-    order = rows
-    for step in range(total):
-        if step % per_epoch == 0:
-            order = rng.permutation(rows)
-        start = (step % per_epoch) * batch_size
-        yield order[start : start + batch_size]
-
-
-def steps_for(rows: int, batch_size: int, epochs: int, steps: int | None) -> int:
-    """Local steps that :func:`batch_order` takes for a client with ``rows`` rows."""
-    return epochs * math.ceil(rows / batch_size) if steps is None else steps
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], name: str, lr: float) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
 def _key(kind: str, record: ArrayRecord) -> str:

@@ -26,16 +26,28 @@ class Settings(BaseModel):
 
 
 class BackboneConfig(Settings):
-    """The frozen pretrained model: ``minilm`` (packaged) or ``hf`` (hub id or local folder in ``path``)."""
+    """The frozen pretrained model.
 
-    name: Literal["minilm", "hf"]
+    Attributes:
+        name: ``minilm`` or ``smollm2`` (packaged), ``hf`` (hub id or local folder in ``path``) or ``random``
+            (weights drawn from the seed).
+        path: hub id or local folder.
+        architecture: for ``random``: a model type of transformers, such as ``llama`` or ``vit``.
+        settings: for ``random``: values of that architecture's configuration class.
+        tokenizer: hub id or folder of the tokenizer where it is not that of ``path``.
+        quantization: how the frozen weights are held; adapters stay fp32.
+        attention: attention implementation of transformers (``eager``, ``sdpa``, ...); ``None``: its own choice.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time, the same numbers.
+    """
+
+    name: Literal["minilm", "smollm2", "hf", "random"]
     path: str | None = None
-
-
-class TaskConfig(Settings):
-    """What the model is asked to do. ``name`` is a registered task or an import / file path to a user's task."""
-
-    name: str
+    architecture: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    tokenizer: str | None = None
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
 
 
 class SplitConfig(Settings):
@@ -59,14 +71,35 @@ class SplitConfig(Settings):
 class DataConfig(Settings):
     """Where rows come from and which columns mean what.
 
-    For ``task=causal_lm`` the prompt is ``text`` and the completion is ``label``.
+    ``text``, ``text_pair`` and ``label`` name a column, or are a Jinja template over the columns of a row, such as
+    ``{{ question }} Answer:``. For language models the prompt is ``text`` and the completion is ``label``.
+
+    Attributes:
+        name: the source.
+        path: file, folder or hub id.
+        subset: configuration of a hub dataset, such as ``sst2`` of ``nyu-mll/glue``.
+        hub_split: the split of a hub dataset.
+        text: the text, or a prompt.
+        text_pair: a second text.
+        label: the class, number, tags, completion or right choice.
+        messages: dialogues, lists of {role, content}; instead of ``text`` and ``label``.
+        choices: possible answers: a column of lists, or a list of columns.
+        image: pictures.
+        client: who owns the row.
+        limit: take the first rows only.
+        split: how rows are divided.
     """
 
-    name: Literal["rotten_tomatoes", "csv", "jsonl", "parquet", "hf"]
+    name: str
     path: str | None = None
-    text: str = "text"
+    subset: str | None = None
+    hub_split: str = "train"
+    text: str | None = "text"
     text_pair: str | None = None
-    label: str = "label"
+    label: str | None = "label"
+    messages: str | None = None
+    choices: str | list[str] | None = None
+    image: str | None = "image"
     client: str | None = None
     limit: Count | None = None
     split: SplitConfig = SplitConfig()
@@ -84,14 +117,43 @@ class PartitionConfig(Settings):
 
 
 class ClientConfig(Settings):
-    """How one client trains in one round. ``local_steps`` replaces ``local_epochs`` when it is set."""
+    """How one client trains in one round.
+
+    Attributes:
+        batch_size: rows of one forward pass.
+        local_epochs: passes over the client's rows.
+        local_steps: optimiser steps; replaces ``local_epochs`` when it is set.
+        lr: the learning rate at its highest.
+        optimizer: AdamW (Loshchilov and Hutter 2019) or plain SGD.
+        schedule: how ``lr`` moves: over the whole run, or from the start in every round (``_restarts``).
+        warmup: share of the schedule (the run, or each round) in which ``lr`` rises linearly.
+        weight_decay: decoupled (AdamW) or L2 (SGD).
+        max_grad_norm: the norm that the gradient of all trained tensors is clipped to.
+        grad_accumulation: batches of ``batch_size`` rows that make one optimiser step.
+        keep_optimizer: keep AdamW's moments at the client from round to round instead of starting them anew.
+        max_length: tokens a row.
+    """
 
     batch_size: Count
     local_epochs: Count
     local_steps: Count | None = None
     lr: Annotated[float, Field(gt=0)]
     optimizer: Literal["adamw", "sgd"]
+    schedule: Literal["constant", "linear", "cosine", "linear_restarts", "cosine_restarts"]
+    warmup: Fraction
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    grad_accumulation: Count
+    keep_optimizer: bool
     max_length: Annotated[int, Field(ge=4)]
+
+    @model_validator(mode="after")
+    def _moments_to_keep(self) -> ClientConfig:
+        if self.keep_optimizer and self.optimizer == "sgd":
+            raise ValueError(
+                "client.keep_optimizer=true has no effect with client.optimizer=sgd, which keeps no moments"
+            )
+        return self
 
 
 class CohortConfig(Settings):
@@ -146,14 +208,14 @@ class WireConfig(Settings):
 
 
 class Config(Settings):
-    """One run. ``adapter`` and ``strategy`` are checked by the adapter and the strategy they name."""
+    """One run. ``task``, ``adapter`` and ``strategy`` are checked by the task, adapter and strategy they name."""
 
     seed: Annotated[int, Field(ge=0)]
     rounds: Annotated[int, Field(ge=0)]
     run_dir: str
     method: str
     backbone: BackboneConfig
-    task: TaskConfig
+    task: dict[str, Any]
     data: DataConfig
     partition: PartitionConfig
     adapter: dict[str, Any]

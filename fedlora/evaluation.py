@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.encoded import EncodedRows
+from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
-from fedlora.tasks import Statistics, Task, collate
-from fedlora.tokens import TokenisedRows
+from fedlora.tasks import Statistics, Task
 
 Group = TypeVar("Group", bound=Hashable)
 
 
 def row_statistics(
-    model: AdaptedModel, task: Task, tokens: TokenisedRows, rows: np.ndarray, batch_size: int, pad_id: int
+    model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.ndarray, batch_size: int
 ) -> Statistics:
     """Statistics of every row in the order of ``rows``; batches are sorted by length to waste little padding."""
-    order = np.argsort(tokens.lengths(rows), kind="stable")
+    order = np.argsort(encoded.lengths(rows), kind="stable")
     parts: list[Statistics] = []
     with torch.no_grad():
         for batch in _batches(rows[order], batch_size):
-            parts.append(task.statistics(model.module, collate(tokens, batch, pad_id)))
+            parts.append(task.statistics(model.module, task.collate(encoded, batch)))
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]} if parts else {}
@@ -54,21 +55,29 @@ def split_statistics(statistics: Statistics, sizes: Mapping[Group, int]) -> dict
 
 
 def loss_gradients(
-    model: AdaptedModel, task: Task, tokens: TokenisedRows, rows: np.ndarray, batch_size: int, pad_id: int
+    model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.ndarray, batch_size: int
 ) -> dict[str, Tensor]:
     """Summed gradient of the loss with respect to each adapted base weight, ``{module: [m, n]}``.
 
     Each batch's mean loss is weighted by what it is a mean over (:meth:`Task.weight`), so the result does not depend on
     ``batch_size``.
+
+    Raises:
+        InputError: the weights are quantised and have no gradient.
     """
     bases = {name: layer.get_base_layer() for name, layer in model.layers.items()}
     weights: dict[str, Tensor] = {name: base.weight for name, base in bases.items()}  # pyright: ignore
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        raise InputError(
+            "adapter.basis=gradient needs the gradient of the backbone's weights, which quantised ones do not have. "
+            "Use adapter.basis=weight or adapter.basis=seeded, or backbone.quantization=none."
+        )
     model.module.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
         for batch in _batches(rows, batch_size):
-            collated = collate(tokens, batch, pad_id)
+            collated = task.collate(encoded, batch)
             (task.loss(model.module, collated) * task.weight(collated)).backward()
         return {
             name: (weight.grad.T if isinstance(bases[name], Conv1D) else weight.grad).clone()  # pyright: ignore

@@ -6,6 +6,8 @@ The same object serves the server and every worker process; a sweep over methods
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,16 +17,19 @@ from pandas.core.util.hashing import hash_pandas_object
 
 from fedlora.adapters import Adapter, State, build_adapter
 from fedlora.backbone import Backbone
-from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig, TaskConfig
+from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig
 from fedlora.data.index import ClientIndex, build_index
 from fedlora.data.partition import assign_clients
 from fedlora.data.sources import load_rows
+from fedlora.encoded import EncodedRows, cached
 from fedlora.errors import InputError
 from fedlora.evaluation import loss_gradients
 from fedlora.model import AdaptedModel
 from fedlora.seeding import numpy_rng
-from fedlora.tasks import Schema, Task, build_task
-from fedlora.tokens import TokenisedRows, cached
+from fedlora.tasks import Schema, Task, base, build_task
+
+ENCODING_VERSION = "2"
+"""Part of the cache key of encoded rows: raised when code outside the tasks' own files changes what they make."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +39,37 @@ class Dataset:
     rows: pd.DataFrame
     schema: Schema
     index: ClientIndex
-    task: Task
+
+
+def _task(task: str, backbone: str) -> Task:
+    return build_task(json.loads(task), Backbone.from_config(BackboneConfig.model_validate_json(backbone)))
 
 
 @lru_cache(maxsize=2)
-def _dataset(data: str, partition: str, task: str, seed: int) -> Dataset:
-    rows = load_rows(DataConfig.model_validate_json(data))
-    work = build_task(TaskConfig.model_validate_json(task).name)
+def _dataset(data: str, partition: str, task: str, backbone: str, seed: int) -> Dataset:
+    work = _task(task, backbone)
+    data_config = DataConfig.model_validate_json(data)
+    rows = load_rows(data_config, work.columns, work.nested)
     schema = work.schema(rows)
     partition_config = PartitionConfig.model_validate_json(partition)
     clients = assign_clients(rows, partition_config, seed)
-    split = DataConfig.model_validate_json(data).split
-    return Dataset(rows, schema, build_index(clients, split, partition_config, seed), work)
+    return Dataset(rows, schema, build_index(clients, data_config.split, partition_config, seed))
 
 
 @lru_cache(maxsize=2)
-def _tokens(data: str, partition: str, task: str, seed: int, backbone: str, max_length: int) -> TokenisedRows:
-    dataset = _dataset(data, partition, task, seed)
-    location = Backbone.from_config(BackboneConfig.model_validate_json(backbone))
-    tokenizer = location.tokenizer()
-    text = hash_pandas_object(dataset.rows.drop(columns="client", errors="ignore"), index=False).to_numpy()
-    vocabulary = hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    code = f"{type(dataset.task).__module__}.{type(dataset.task).__qualname__}"
-    return cached(
-        ["1", vocabulary, type(tokenizer).__name__, code, str(max_length), repr(dataset.schema), text.tobytes()],
-        lambda: dataset.task.encode(tokenizer, dataset.rows, dataset.schema, max_length),
+def _encoded(data: str, partition: str, task: str, backbone: str, seed: int, max_length: int) -> EncodedRows:
+    dataset = _dataset(data, partition, task, backbone, seed)
+    work = _task(task, backbone)
+    rows = dataset.rows.drop(columns="client", errors="ignore")
+    if "image" in rows:
+        return work.encode(rows, dataset.schema, max_length)
+    words = pd.DataFrame(
+        {name: values.map(repr) if values.dtype == object else values for name, values in rows.items()}
     )
+    content = hash_pandas_object(words, index=False).to_numpy()
+    code = hashlib.blake2b(inspect.getsource(inspect.getmodule(type(work)) or base).encode()).hexdigest()
+    key = [ENCODING_VERSION, code, work.encoding_key, str(max_length), repr(dataset.schema), content.tobytes()]
+    return cached(key, lambda: work.encode(rows, dataset.schema, max_length))
 
 
 class Federation:
@@ -74,14 +84,16 @@ class Federation:
         self.config = config
         self.backbone = Backbone.from_config(config.backbone)
         self.adapter: Adapter = build_adapter(config.adapter)
+        self.task = build_task(config.task, self.backbone)
         self._key = (
             config.data.model_dump_json(),
             config.partition.model_dump_json(),
-            config.task.model_dump_json(),
+            json.dumps(config.task),
+            config.backbone.model_dump_json(),
             config.seed,
         )
         dataset = _dataset(*self._key)
-        self.index, self.schema, self.task = dataset.index, dataset.schema, dataset.task
+        self.index, self.schema = dataset.index, dataset.schema
         size = config.cohort.size
         if size is not None and size > len(self.clients):
             raise InputError(
@@ -100,18 +112,13 @@ class Federation:
         return self.index.clients
 
     @cached_property
-    def tokens(self) -> TokenisedRows:
-        """All rows as token ids."""
-        return _tokens(*self._key, self.config.backbone.model_dump_json(), self.config.client.max_length)
-
-    @cached_property
-    def pad_id(self) -> int:
-        """The token that fills short rows."""
-        return int(self.backbone.tokenizer().pad_token_id or 0)  # pyright: ignore[reportArgumentType]
+    def rows(self) -> EncodedRows:
+        """All rows as arrays."""
+        return _encoded(*self._key, self.config.client.max_length)
 
     def build_model(self) -> AdaptedModel:
         """Load the backbone, inject the adapter and start it from the seed, without the gradient basis."""
-        overrides = self.task.model_overrides(self.schema, self.backbone.tokenizer())
+        overrides = self.task.model_overrides(self.schema)
         module = self.backbone.load(self.task.auto_class, self.config.seed, **overrides)
         model = AdaptedModel(module, self.adapter, self.task.head_modules)
         model.initialise(self.config.seed)
@@ -119,7 +126,7 @@ class Federation:
 
     def build_meta_model(self) -> AdaptedModel:
         """The same model on the meta device: every shape, no weights."""
-        overrides = self.task.model_overrides(self.schema, self.backbone.tokenizer())
+        overrides = self.task.model_overrides(self.schema)
         module = self.backbone.meta(self.task.auto_class, **overrides)
         return AdaptedModel(module, self.adapter, self.task.head_modules)
 
@@ -128,7 +135,7 @@ class Federation:
         if not self.adapter.needs_public_sample:
             return
         batch = self.config.eval.batch_size
-        gradients: State = loss_gradients(model, self.task, self.tokens, self.index.public, batch, self.pad_id)
+        gradients: State = loss_gradients(model, self.task, self.rows, self.index.public, batch)
         model.initialise(self.config.seed, gradients)
 
     def bounded(self, rows: np.ndarray, purpose: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SHARED = "_shared"
+OPTIMIZER = "optimizer/"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class ClientRecord:
     Attributes:
         private: tensors that never leave the client.
         references: names of shared content it holds, such as ``{"setup": key}``.
+        optimizer: moments of its optimiser, where they are kept from round to round.
     """
 
     private: Mapping[str, Tensor] = field(default_factory=dict)
     references: Mapping[str, str] = field(default_factory=dict)
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientStore:
@@ -48,14 +51,18 @@ class ClientStore:
             return ClientRecord()
         with safe_open(self._path(client, newest), framework="pt") as file:
             metadata = file.metadata() or {}
-            private = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return ClientRecord(private, json.loads(metadata["references"]))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        kept = {key: value for key, value in tensors.items() if key.startswith(OPTIMIZER)}
+        private = {key: value for key, value in tensors.items() if key not in kept}
+        optimizer = {key.removeprefix(OPTIMIZER): value for key, value in kept.items()}
+        return ClientRecord(private, json.loads(metadata["references"]), optimizer)
 
     def write(self, client: str, server_round: int, record: ClientRecord) -> None:
         """Store the state of ``client`` after ``server_round``, atomically."""
         path = self._path(client, server_round)
         metadata = {"references": json.dumps(dict(record.references)), "client": client}
-        _save(path, {key: value.contiguous() for key, value in record.private.items()}, metadata)
+        tensors = {**record.private, **{OPTIMIZER + key: value for key, value in record.optimizer.items()}}
+        _save(path, {key: value.contiguous() for key, value in tensors.items()}, metadata)
 
     def put_shared(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store content that any number of clients refer to by ``key``."""

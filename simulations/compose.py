@@ -17,15 +17,19 @@ from fedlora.config import Config, load_config, nearest
 from fedlora.errors import InputError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+OPEN_NODES = ("strategy.", "task.", "adapter.config.", "backbone.settings.")
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def prepare_overrides(overrides: Iterable[str]) -> list[str]:
-    """Open the strategy node: any ``strategy.key=value`` may be new, and a ``_target_`` means ``strategy=custom``."""
+    """Open the nodes that others check: any ``strategy.key=value`` or ``task.key=value`` may be new.
+
+    A ``strategy._target_`` means ``strategy=custom``.
+    """
     overrides = list(overrides)
     targeted = any(o.startswith("strategy._target_=") for o in overrides)
     chosen = any(o.startswith("strategy=") for o in overrides)
-    opened = [f"++{o}" if o.startswith("strategy.") else o for o in overrides]
+    opened = [f"++{o}" if o.startswith(OPEN_NODES) else o for o in overrides]
     return ["strategy=custom", *opened] if targeted and not chosen else opened
 
 

@@ -64,9 +64,8 @@ class Evaluator:
 
     def _zero_shot(self) -> Evaluation | None:
         federation = self.worker.federation
-        targets = federation.tokens.targets
         rows = np.concatenate([self.validation, self.test, *self.own_test.values()])
-        statistics = federation.task.zero_shot(targets[_joined(federation.index.train)], targets[rows])
+        statistics = federation.task.zero_shot(federation.rows, _joined(federation.index.train), rows)
         return None if statistics is None else self._summarise(statistics)
 
     def _personal(self, state: State, strategy: FederatedStrategy | None, server_round: int) -> Evaluation:
@@ -91,7 +90,7 @@ class Evaluator:
     def _statistics(self, rows: np.ndarray) -> Statistics:
         federation = self.worker.federation
         size = federation.config.eval.batch_size
-        return row_statistics(self.worker.model, federation.task, federation.tokens, rows, size, federation.pad_id)
+        return row_statistics(self.worker.model, federation.task, federation.rows, rows, size)
 
     def _summarise(self, statistics: Statistics) -> Evaluation:
         task = self.worker.federation.task

@@ -21,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora import wire
 from fedlora.adapters import State, registered
-from fedlora.client import steps_for
 from fedlora.config import Config
 from fedlora.federation import Federation
 from fedlora.grid import node_of
 from fedlora.ledger import TOTALS
 from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
+from fedlora.training import steps_for
 from simulations.compose import CONF, options
 from simulations.sampler import cohort
 from simulations.simulate import label
@@ -193,9 +193,10 @@ def _client_flops(federation: Federation, model: AdaptedModel) -> float:
     train = federation.index.train
     tokens = 0.0
     for rows in train.values():
-        steps = steps_for(len(rows), settings.batch_size, settings.local_epochs, settings.local_steps)
-        visits = steps * settings.batch_size if settings.local_steps else settings.local_epochs * len(rows)
-        tokens += float(federation.tokens.lengths(rows).mean()) * visits
+        whole = settings.batch_size * settings.grad_accumulation
+        steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
+        visits = steps * min(whole, len(rows)) if settings.local_steps else settings.local_epochs * len(rows)
+        tokens += float(federation.rows.lengths(rows).mean()) * visits
     return 4.0 * matrices * tokens / len(train)
 
 

@@ -116,7 +116,7 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
 
 
 def _log_start(worker: Worker) -> None:
-    config, index, tokens = worker.federation.config, worker.federation.index, worker.federation.tokens
+    config, index, rows = worker.federation.config, worker.federation.index, worker.federation.rows
     log.info("method %s, engine %s, seed %d", config.method, config.engine.name, config.seed)
     log.info("%d training clients, %d unseen, %d public rows", len(index.clients), len(index.unseen), len(index.public))
     if index.left_out_clients:
@@ -124,9 +124,9 @@ def _log_start(worker: Worker) -> None:
             "left out: %d clients (%d rows) with fewer than partition.min_rows=%d rows",
             index.left_out_clients, index.left_out_rows, config.partition.min_rows,
         )  # fmt: skip
-    if tokens.truncated:
+    if rows.truncated:
         log.info("%d of %d rows cut to client.max_length=%d tokens",
-                 tokens.truncated, len(tokens.targets), config.client.max_length)  # fmt: skip
+                 rows.truncated, len(rows), config.client.max_length)  # fmt: skip
 
 
 def _each_client(callbacks: Sequence[Callback]) -> None:

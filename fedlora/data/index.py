@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from fedlora.config import PartitionConfig, SplitConfig
 from fedlora.errors import InputError
 from fedlora.seeding import numpy_rng
+
+if TYPE_CHECKING:
+    from fedlora.tasks import Schema
 
 Rows = NDArray[np.int64]
 
@@ -87,6 +91,30 @@ def build_index(
         left_out_clients=len(left_out),
         left_out_rows=sum(len(rows) for rows in left_out),
     )
+
+
+def untrained_labels(rows: pd.DataFrame, index: ClientIndex, schema: Schema) -> list[str]:
+    """The labels of ``schema`` that no training row has, in its order: a model cannot learn them.
+
+    Args:
+        rows: the table ``[rows]`` with the column ``label`` (of values, or of lists of them as for tagged words).
+        index: which rows are trained on.
+        schema: what the clients agree on; without labels the answer is empty.
+    """
+    if not schema.labels or "label" not in rows:
+        return []
+    trained = rows["label"].iloc[np.concatenate(list(index.train.values()))]
+    seen = set(_texts(trained.tolist()))
+    return [label for label in schema.labels if label not in seen]
+
+
+def _texts(values: Iterable[Any]) -> Iterable[str]:
+    """Every value as text, those inside lists one by one."""
+    for value in values:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            yield str(value)
+        else:
+            yield from _texts(value)
 
 
 def _rows_of_clients(client_of_row: NDArray[np.object_], min_rows: int) -> tuple[dict[str, Rows], list[Rows]]:

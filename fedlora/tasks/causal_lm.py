@@ -1,75 +1,125 @@
-"""Causal language modelling of prompt and completion, with the loss on the completion only."""
+"""Causal language modelling of instruction data, with the loss on the answers only."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
+from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
-from fedlora.tasks.base import Batch, Schema, Statistics, Task, register
-from fedlora.tokens import TokenisedRows
+from fedlora.tasks.base import IGNORED, Batch, Schema, Statistics, Task, TaskConfig, model_inputs, plain_text, register
+from fedlora.tasks.chat import Dialogue, encode_dialogue
+
+
+class CausalLMConfig(TaskConfig):
+    """A language model's settings.
+
+    Attributes:
+        chat: whether a prompt and its completion go through the tokenizer's chat template, as one user and one
+            assistant turn; ``auto``: if the tokenizer has one. Rows of ``data.messages`` always do.
+        max_new_tokens: the longest answer that is generated.
+    """
+
+    chat: Literal["auto"] | bool = "auto"
+    max_new_tokens: int = Field(default=64, ge=1)
 
 
 @register
 class CausalLM(Task):
-    """``data.text`` is the prompt, ``data.label`` the completion; the prompt carries no loss."""
+    """``data.text`` is the prompt and ``data.label`` the completion, or ``data.messages`` holds whole dialogues."""
 
+    Config = CausalLMConfig
     name = "causal_lm"
     auto_class = AutoModelForCausalLM
-    main_metric = "token_accuracy"
+    default_metric = "token_accuracy"
+    columns = ("messages", "text", "label")
+    nested = ("messages",)
+
+    @property
+    def settings(self) -> CausalLMConfig:
+        """The settings with their own type."""
+        return cast(CausalLMConfig, self.config)
 
     def schema(self, rows: pd.DataFrame) -> Schema:
-        """No labels to agree on."""
+        """No labels to agree on; the backbone must be a decoder."""
+        self.backbone.require_decoder(self.name)
         return Schema()
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, rows: pd.DataFrame, schema: Schema, max_length: int
-    ) -> TokenisedRows:
-        """Prompt, completion and the end-of-text token; the target is where the completion starts.
+    def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
+        """Token ids, and as labels the tokens of the answers (every other token is ignored).
 
-        A prompt too long to leave room is cut from its left, so that the completion is kept.
+        A prompt too long to leave room is cut from its left, so that the answer is kept.
         """
-        end: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompts: Any = tokenizer(rows["text"].tolist(), add_special_tokens=True)["input_ids"]
-        answers: Any = tokenizer(rows["label"].astype(str).tolist(), add_special_tokens=False)["input_ids"]
-        ids, starts, truncated = [], [], 0
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            if not answer:
-                raise InputError(f"Row {number} has an empty completion (data.label): there is no token to learn.")
-            answer = (answer + end)[: max_length - 1]
-            room = max(max_length - len(answer), 1)
-            truncated += len(prompt) > room
-            prompt = prompt[-room:] or end
-            ids.append(prompt + answer)
-            starts.append(len(prompt))
-        return TokenisedRows.from_lists(ids, starts, None, truncated)
+        pieces = self._dialogues(rows) if self._uses_chat(rows) else self._completions(rows)
+        ids, labels, truncated = [], [], 0
+        for number, (tokens, answer) in enumerate(pieces):
+            if not any(answer):
+                raise InputError(
+                    f"Row {number + 1} has no answer tokens to learn from (rows count from 1): its completion "
+                    "(data.label, or the assistant turns of data.messages) is empty after the template."
+                )
+            cut = fit(answer, max_length)
+            truncated += len(tokens) > max_length
+            ids.append(tokens[cut])
+            labels.append([t if learn else IGNORED for t, learn in zip(tokens[cut], answer[cut], strict=True)])
+        return EncodedRows.from_lists({"input_ids": ids, "labels": labels}, {}, truncated)
+
+    def _uses_chat(self, rows: pd.DataFrame) -> bool:
+        if "messages" in rows:
+            return True
+        has_template = self.tokenizer.chat_template is not None
+        return has_template if self.settings.chat == "auto" else self.settings.chat
+
+    def _dialogues(self, rows: pd.DataFrame) -> list[tuple[list[int], list[bool]]]:
+        dialogues: list[Dialogue]
+        if "messages" in rows:
+            dialogues = list(rows["messages"])
+        else:
+            turns = zip(plain_text(rows, "text"), plain_text(rows, "label"), strict=True)
+            dialogues = [
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                for prompt, answer in turns
+            ]
+        return [encode_dialogue(self.tokenizer, dialogue, number) for number, dialogue in enumerate(dialogues)]
+
+    def _completions(self, rows: pd.DataFrame) -> list[tuple[list[int], list[bool]]]:
+        end: Any = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        prompts: Any = self.tokenizer(plain_text(rows, "text"), add_special_tokens=True)["input_ids"]
+        answers: Any = self.tokenizer(plain_text(rows, "label"), add_special_tokens=False)["input_ids"]
+        pieces = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            start = prompt or end
+            learned = answer + end if answer else []
+            pieces.append((start + learned, [False] * len(start) + [True] * len(learned)))
+        return pieces
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the completion tokens of the batch."""
-        loss, _, mask = _completion(model, batch)
-        return loss.sum() / mask.sum()
+        """Mean cross-entropy over the answer tokens of the batch."""
+        loss, _, learned = answer_losses(model, batch)
+        return loss.sum() / learned.sum()
 
     def weight(self, batch: Batch) -> int:
-        """The completion tokens of the batch."""
-        return int(_completion_mask(batch).sum())
+        """The answer tokens of the batch."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
-        """Summed loss, completion tokens and correct tokens of every row."""
-        loss, correct, mask = _completion(model, batch)
+        """Summed loss, answer tokens and correct tokens of every row."""
+        loss, correct, learned = answer_losses(model, batch)
         return {
             "loss": loss.sum(1).double().cpu().numpy(),
-            "tokens": mask.sum(1).cpu().numpy(),
-            "correct": (correct & mask).sum(1).cpu().numpy(),
+            "tokens": learned.sum(1).cpu().numpy(),
+            "correct": (correct & learned).sum(1).cpu().numpy(),
         }
 
     def metrics(self, statistics: Statistics) -> dict[str, float]:
-        """Token accuracy, loss per completion token and its exponential."""
+        """Token accuracy, loss per answer token and its exponential."""
         tokens = float(statistics["tokens"].sum())
         loss = float(statistics["loss"].sum()) / tokens
         return {
@@ -78,18 +128,53 @@ class CausalLM(Task):
             "perplexity": float(np.exp(min(loss, 700.0))),
         }
 
-
-def _completion(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, hit and mask of every predicted position ``[b, t - 1]``; loss is zero outside the completion."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-    following = batch["input_ids"][:, 1:]
-    mask = _completion_mask(batch)
-    loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view_as(following)
-    return loss * mask, logits.argmax(-1) == following, mask
+    def sample(self, model: nn.Module, rows: EncodedRows, row: int) -> dict[str, str] | None:
+        """Continue the row's prompt (everything before its last answer) greedily."""
+        prompt, reference = split_last_answer(rows.piece("input_ids", row), rows.piece("labels", row))
+        answer = generate(model, self.tokenizer, [prompt], self.settings.max_new_tokens)[0]
+        text = {"prompt": prompt, "reference": reference, "answer": answer}
+        return {key: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for key, ids in text.items()}
 
 
-def _completion_mask(batch: Batch) -> Tensor:
-    """Which predicted positions belong to the completion ``[b, t - 1]``."""
-    mask = batch["attention_mask"][:, 1:] == 1
-    position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (position >= batch["target"][:, None]) & mask
+def fit(answer: list[bool], max_length: int) -> slice:
+    """Which ``max_length`` tokens to keep: cut from the left, but never past the token before the first answer."""
+    first = answer.index(True)
+    start = max(0, min(len(answer) - max_length, first - 1))
+    return slice(start, start + max_length)
+
+
+def answer_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hit and mask of every predicted position ``[b, t - 1]``; loss is zero where nothing is learned."""
+    logits = model(**model_inputs(batch)).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return loss.view_as(labels), logits.argmax(-1) == labels, labels != IGNORED
+
+
+def split_last_answer(ids: np.ndarray, labels: np.ndarray) -> tuple[list[int], list[int]]:
+    """A row's tokens before its last answer, and that answer."""
+    learned = np.flatnonzero(labels != IGNORED)
+    breaks = np.flatnonzero(np.diff(learned) > 1)
+    start = int(learned[breaks[-1] + 1] if len(breaks) else learned[0])
+    return ids[:start].tolist(), ids[start : learned[-1] + 1].tolist()
+
+
+@torch.no_grad()
+def generate(model: nn.Module, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of ``prompts``, up to and without the end token; batched with padding on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    written = cast(Any, model).generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )[:, width:]
+    return [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+            for row in written.tolist()]  # fmt: skip

@@ -2,97 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification
 
-from fedlora.errors import InputError
-from fedlora.tasks.base import Batch, Schema, Statistics, Task, register
-from fedlora.tokens import TokenisedRows
+from fedlora.encoded import EncodedRows
+from fedlora.tasks.base import Batch, Schema, Statistics, Task, TaskConfig, model_inputs, plain_text, register
+from fedlora.tasks.labels import class_losses, class_metrics, class_numbers, class_schema, class_statistics, majority
+
+
+class ClassificationConfig(TaskConfig):
+    """Classification's settings.
+
+    Attributes:
+        calibration: also report the expected calibration error ``ece`` of the predicted probabilities.
+    """
+
+    calibration: bool = False
 
 
 @register
 class Classification(Task):
     """Predict one of the labels that the data as a whole has, whatever labels a client happens to hold."""
 
+    Config = ClassificationConfig
     name = "classification"
     auto_class = AutoModelForSequenceClassification
     head_modules = ("classifier", "score")
-    main_metric = "accuracy"
+    default_metric = "accuracy"
 
     def schema(self, rows: pd.DataFrame) -> Schema:
         """The sorted distinct labels of all rows, as text."""
-        labels = sorted({str(label) for label in rows["label"]})
-        if len(labels) < 2:
-            raise InputError(
-                f"The data set has one class only ({labels[0]!r}), so there is nothing to learn. "
-                "Check data.label: it must name the column with the classes."
-            )
-        if len(labels) > 1000:
-            raise InputError(
-                f"data.label names a column with {len(labels)} different values; classification takes at most 1000."
-            )
-        return Schema(tuple(labels))
+        return class_schema(rows)
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, rows: pd.DataFrame, schema: Schema, max_length: int
-    ) -> TokenisedRows:
+    def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
         """Tokenise text (and text_pair) with the tokenizer's own special tokens."""
-        texts = rows["text"].tolist()
-        pairs = rows["text_pair"].tolist() if "text_pair" in rows else None
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_token_type_ids=True)
-        segments = None
-        if pairs is not None and "token_type_ids" in tokenizer.model_input_names:
-            segments = [types.index(1) if 1 in types else len(types) for types in encoded["token_type_ids"]]
-        ids: Any = encoded["input_ids"]
-        number = {label: i for i, label in enumerate(schema.labels)}
-        targets = [number[str(label)] for label in rows["label"]]
-        return TokenisedRows.from_lists(ids, targets, segments, sum(len(row) >= max_length for row in ids))
+        return EncodedRows.from_lists(
+            *encode_texts(self, rows, max_length, target=class_numbers(plain_text(rows, "label"), schema))
+        )
 
-    def model_overrides(self, schema: Schema, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def model_overrides(self, schema: Schema) -> dict[str, Any]:
         """The number of labels, and the padding token that decoders need to find the last token."""
-        return {"num_labels": len(schema.labels), "pad_token_id": tokenizer.pad_token_id}
+        return {"num_labels": len(schema.labels), "pad_token_id": self.backbone.pad_id}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
-        return functional.cross_entropy(_logits(model, batch), batch["target"])
+        return class_losses(text_logits(model, batch), batch).mean()
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
-        """Loss, predicted and true class of every row."""
-        logits = _logits(model, batch)
-        loss = functional.cross_entropy(logits, batch["target"], reduction="none")
-        return {
-            "loss": loss.double().cpu().numpy(),
-            "predicted": logits.argmax(dim=-1).cpu().numpy(),
-            "target": batch["target"].cpu().numpy(),
-        }
+        """Loss, predicted and true class of every row, and the probability of the predicted one."""
+        return class_statistics(text_logits(model, batch), batch)
 
     def metrics(self, statistics: Statistics) -> dict[str, float]:
-        """Accuracy, macro-F1, Matthews correlation and loss."""
-        predicted, target = statistics["predicted"], statistics["target"]
-        return {
-            "accuracy": float((predicted == target).mean()),
-            "macro_f1": float(f1_score(target, predicted, average="macro", zero_division=0)),  # pyright: ignore
-            "mcc": float(matthews_corrcoef(target, predicted)) if len(set(target)) > 1 else 0.0,
-            "loss": float(statistics["loss"].mean()),
-        }
+        """Accuracy, macro-F1, Matthews correlation and loss; ``f1`` of the second of two classes; ``ece`` on demand."""
+        return class_metrics(statistics, cast(ClassificationConfig, self.config).calibration)
 
-    def zero_shot(self, train_targets: np.ndarray, targets: np.ndarray) -> Statistics | None:
+    def zero_shot(self, rows: EncodedRows, train: np.ndarray, asked: np.ndarray) -> Statistics | None:
         """The majority class, with the training frequencies as probabilities."""
-        counts = np.bincount(train_targets, minlength=int(max(train_targets.max(), targets.max())) + 1)
-        probability = (counts + 1) / (counts + 1).sum()
-        return {
-            "loss": -np.log(probability[targets]),
-            "predicted": np.full_like(targets, counts.argmax()),
-            "target": targets,
-        }
+        return majority(rows.fixed["target"][train], rows.fixed["target"][asked])
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "target"}
-    return model(**inputs).logits.float()
+def encode_texts(
+    task: Task, rows: pd.DataFrame, max_length: int, **fixed: Any
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Token ids (and segments of pairs), the ``fixed`` arrays, and how many rows did not fit ``max_length``."""
+    texts = plain_text(rows, "text")
+    pairs = plain_text(rows, "text_pair") if "text_pair" in rows else None
+    tokenizer = task.tokenizer
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_token_type_ids=True)
+    ids: Any = encoded["input_ids"]
+    ragged = {"input_ids": ids}
+    if pairs is not None and "token_type_ids" in tokenizer.model_input_names:
+        ragged["token_type_ids"] = encoded["token_type_ids"]
+    full = [i for i, row in enumerate(ids) if len(row) >= max_length]  # exactly as long, or cut
+    return ragged, fixed, _longer(tokenizer, texts, pairs, full, max_length)
+
+
+def _longer(tokenizer: Any, texts: list[str], pairs: list[str] | None, full: list[int], max_length: int) -> int:
+    """How many of the rows ``full`` have more than ``max_length`` tokens."""
+    if not full:
+        return 0
+    whole = tokenizer([texts[i] for i in full], None if pairs is None else [pairs[i] for i in full])["input_ids"]
+    return sum(len(row) > max_length for row in whole)
+
+
+def text_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits ``[b, outputs]`` in fp32."""
+    return model(**model_inputs(batch)).logits.float()

@@ -17,7 +17,7 @@ from fedlora.adapters import State
 from fedlora.federation import Federation
 from fedlora.grid import ClientGrid
 from fedlora.model import AdaptedModel
-from fedlora.tasks import Batch, collate
+from fedlora.tasks import Batch
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
@@ -53,7 +53,7 @@ def started(federation: Federation) -> AdaptedModel:
 
 def bare_backbone(federation: Federation) -> PreTrainedModel:
     """The backbone with its task head and no adapter."""
-    overrides = federation.task.model_overrides(federation.schema, federation.backbone.tokenizer())
+    overrides = federation.task.model_overrides(federation.schema)
     return cast(
         PreTrainedModel, federation.backbone.load(federation.task.auto_class, federation.config.seed, **overrides)
     )
@@ -65,7 +65,7 @@ def random_state(model: AdaptedModel, keys: Iterable[str], seed: int = 0) -> Sta
 
 
 def first_batch(federation: Federation, rows: int = 6) -> Batch:
-    return collate(federation.tokens, range(rows), federation.pad_id)
+    return federation.task.collate(federation.rows, range(rows))
 
 
 def logits(module: torch.nn.Module, batch: Batch) -> Tensor:

@@ -3,16 +3,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedlora import wire
 from fedlora.adapters import State
-from fedlora.client import Worker, batch_order, client_app, instruct, steps_for
+from fedlora.client import Worker, client_app, instruct
 from fedlora.correction import CorrectionLog
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
@@ -39,38 +36,6 @@ def message_to(
 def returned(worker: Worker, reply: Message) -> State:
     layout = worker.model.shapes(worker.model.shared)
     return wire.unpack(reply.content.array_records["arrays"], layout, worker.federation.config.wire.dtype)
-
-
-# The order of batches ---------------------------------------------------------------------------------------------
-
-ROW_COUNTS, BATCHES = st.integers(1, 40), st.integers(1, 12)
-
-
-@given(ROW_COUNTS, BATCHES, st.integers(1, 4), st.integers(0, 99))
-def test_every_epoch_covers_every_row_exactly_once(count, batch_size, epochs, seed):
-    rows = np.arange(100, 100 + count)
-    batches = list(batch_order(rows, batch_size, epochs, None, np.random.default_rng(seed)))
-    per_epoch = math.ceil(count / batch_size)
-    assert len(batches) == epochs * per_epoch == steps_for(count, batch_size, epochs, None)
-    for epoch in range(epochs):
-        seen = np.concatenate(batches[epoch * per_epoch : (epoch + 1) * per_epoch])
-        np.testing.assert_array_equal(np.sort(seen), rows)
-    assert all(1 <= len(batch) <= batch_size for batch in batches)
-
-
-@given(ROW_COUNTS, BATCHES, st.integers(1, 50))
-def test_local_steps_replace_local_epochs(count, batch_size, steps):
-    batches = list(batch_order(np.arange(count), batch_size, 3, steps, np.random.default_rng(0)))
-    assert len(batches) == steps == steps_for(count, batch_size, 3, steps)
-    longer = list(batch_order(np.arange(count), batch_size, 3, steps + 5, np.random.default_rng(0)))
-    for batch, same in zip(batches, longer, strict=False):
-        np.testing.assert_array_equal(batch, same)
-
-
-def test_every_epoch_has_an_order_of_its_own():
-    first, second = batch_order(np.arange(30), 30, 2, None, np.random.default_rng(0))
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, np.arange(30))
 
 
 # Training ---------------------------------------------------------------------------------------------------------

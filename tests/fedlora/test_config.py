@@ -62,7 +62,7 @@ def test_a_setting_like_no_other_still_lists_the_valid_ones(values):
         ("client.optimizer", "adam"),
         ("client.max_length", 3), ("client", 7), ("cohort.size", 0), ("data.split.test", 1.0),
         ("data.split.test", -0.1),
-        ("data.name", "excel"), ("partition.alpha", 0), ("wire.dtype", "fp8"), ("engine.name", "spark"),
+        ("partition.alpha", 0), ("wire.dtype", "fp8"), ("engine.name", "spark"),
         ("engine.threads", 0), ("eval.every", 0), ("privacy.name", "dp"), ("backbone.name", "bert"),
     ],
 )  # fmt: skip

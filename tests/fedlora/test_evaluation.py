@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.encoded import EncodedRows
 from fedlora.evaluation import client_metrics, loss_gradients, row_statistics, split_statistics
 from fedlora.federation import Federation
-from fedlora.tasks import Statistics, collate
-from fedlora.tokens import TokenisedRows
+from fedlora.tasks import Statistics
 from tests.fedlora.helpers import TARGETS, assert_same, of_architecture, random_state
 
 ROWS = np.array([17, 3, 101, 4, 55, 9, 8, 200, 31, 60, 2])  # rows of unequal length, in no order
@@ -21,7 +21,7 @@ def model_of(federation: Federation):
 
 
 def statistics(federation: Federation, model, rows: np.ndarray, batch_size: int) -> Statistics:
-    return row_statistics(model, federation.task, federation.tokens, rows, batch_size, federation.pad_id)
+    return row_statistics(model, federation.task, federation.rows, rows, batch_size)
 
 
 def assert_close(one: Statistics, other: Statistics) -> None:
@@ -41,8 +41,10 @@ def test_row_statistics_of_a_language_model_do_not_depend_on_the_batch_size(tiny
     federation = Federation(tiny_lm())
     model = federation.build_model()
     model.load(random_state(model, model.shared))
-    tokens = TokenisedRows.from_lists([list(range(5, 5 + n)) for n in (9, 3, 14, 3, 6)], [2, 1, 6, 2, 5])
-    one, all_at_once = (row_statistics(model, federation.task, tokens, np.arange(5), size, 0) for size in (1, 5))
+    ids = [list(range(5, 5 + n)) for n in (9, 3, 14, 3, 6)]
+    labels = [[-100] * start + row[start:] for row, start in zip(ids, [2, 1, 6, 2, 5], strict=True)]
+    rows = EncodedRows.from_lists({"input_ids": ids, "labels": labels}, {})
+    one, all_at_once = (row_statistics(model, federation.task, rows, np.arange(5), size) for size in (1, 5))
     assert_close(one, all_at_once)
 
 
@@ -53,7 +55,7 @@ def test_row_statistics_are_in_the_order_of_the_rows(tiny):
     for place, row in enumerate(ROWS):
         alone = statistics(federation, model, np.array([row]), 1)
         assert_close({name: values[place : place + 1] for name, values in together.items()}, alone)
-    np.testing.assert_array_equal(together["target"], federation.tokens.targets[ROWS])
+    np.testing.assert_array_equal(together["target"], federation.rows.fixed["target"][ROWS])
     assert len(np.unique(together["loss"])) > 5  # otherwise order could not be seen
 
 
@@ -98,7 +100,7 @@ def test_statistics_are_cut_where_the_groups_end():
 
 
 def gradients(federation: Federation, model, rows: np.ndarray, batch_size: int) -> dict[str, torch.Tensor]:
-    return loss_gradients(model, federation.task, federation.tokens, rows, batch_size, federation.pad_id)
+    return loss_gradients(model, federation.task, federation.rows, rows, batch_size)
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
@@ -109,7 +111,7 @@ def test_loss_gradients_are_autograds_of_the_summed_loss(tiny, request, architec
     found = gradients(federation, model, ROWS, batch_size)
     bases = {name: layer.get_base_layer() for name, layer in model.layers.items()}
     weights = [base.weight.requires_grad_(True) for base in bases.values()]
-    batch = collate(federation.tokens, ROWS, federation.pad_id)
+    batch = federation.task.collate(federation.rows, ROWS)
     inputs = {key: value for key, value in batch.items() if key != "target"}
     summed = torch.nn.functional.cross_entropy(model.module(**inputs).logits, batch["target"], reduction="sum")
     expected = torch.autograd.grad(summed, weights)
@@ -136,9 +138,7 @@ def test_gradients_of_a_language_model_do_not_depend_on_the_batch_size(tiny_lm):
     federation = Federation(tiny_lm("method=fed_sb"))
     model = federation.build_model()
     rows = federation.index.public
-    by_size = [
-        loss_gradients(model, federation.task, federation.tokens, rows, size, federation.pad_id) for size in (1, 5, 8)
-    ]
+    by_size = [gradients(federation, model, rows, size) for size in (1, 5, 8)]
     for name, expected in by_size[0].items():
         for other in by_size[1:]:
             torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()) + 1e-7)

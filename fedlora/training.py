@@ -1,0 +1,144 @@
+"""Local training: the steps one client takes on its own rows in one round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapters import State
+from fedlora.config import ClientConfig
+from fedlora.encoded import EncodedRows
+from fedlora.errors import FedloraError
+from fedlora.model import AdaptedModel
+from fedlora.tasks import Task
+
+
+def train_steps(
+    model: AdaptedModel,
+    task: Task,
+    encoded: EncodedRows,
+    rows: np.ndarray,
+    settings: ClientConfig,
+    rng: np.random.Generator,
+    learning_rate: Callable[[int, int], float],
+    dropout_seed: int,
+    moments: Mapping[str, Tensor],
+) -> tuple[float, State]:
+    """Train the model's trainables in place on ``rows``.
+
+    Args:
+        model: loaded with the state to start from.
+        task: gives the loss.
+        encoded: all rows of the data set.
+        rows: the numbers of this client's training rows.
+        settings: batch size, steps, optimiser, clipping and accumulation.
+        rng: draws the order of the rows.
+        learning_rate: of a step, by its number from 0 and the number of steps.
+        dropout_seed: draws the adapter's dropout.
+        moments: the optimiser state to continue from, as this function returned it; empty to start anew.
+
+    Returns:
+        The mean loss over the steps, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is set.
+
+    Raises:
+        FedloraError: a loss is not finite; the message has the step.
+    """
+    model.own_trainables()
+    parameters = model.parameters()
+    optimizer = _optimizer(parameters, settings)
+    _load_moments(optimizer, model, moments)
+    whole = settings.batch_size * settings.grad_accumulation
+    steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
+    losses: list[float] = []
+    with training_mode(model.module, dropout_seed):
+        for step, batch in enumerate(batch_order(rows, whole, settings.local_epochs, settings.local_steps, rng)):
+            optimizer.zero_grad()
+            losses.append(_backward(model, task, encoded, batch, settings.batch_size))
+            if not math.isfinite(losses[-1]):
+                raise FedloraError(f"the loss is {losses[-1]} at local step {len(losses)}")
+            if settings.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            optimizer.step()
+    model.assert_trainables()
+    return float(np.mean(losses)), _moments(optimizer, model) if settings.keep_optimizer else {}
+
+
+def _backward(model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.ndarray, size: int) -> float:
+    """Accumulate the gradient of the mean loss over ``rows``, ``size`` of them at a time; return that mean."""
+    parts = [task.collate(encoded, rows[start : start + size]) for start in range(0, len(rows), size)]
+    weights = [task.weight(part) for part in parts]
+    total = 0.0
+    for part, weight in zip(parts, weights, strict=True):
+        share = weight / sum(weights)
+        loss = task.loss(model.module, part)
+        total += share * float(loss.detach())
+        (loss * share if len(parts) > 1 else loss).backward()
+    return total
+
+
+def batch_order(
+    rows: np.ndarray, batch_size: int, epochs: int, steps: int | None, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Batches of row numbers: a new shuffle each epoch, for ``epochs`` or, when set, exactly ``steps`` steps."""
+    per_epoch = math.ceil(len(rows) / batch_size)
+    total = epochs * per_epoch if steps is None else steps
+    order = rows
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = rng.permutation(rows)
+        start = (step % per_epoch) * batch_size
+        yield order[start : start + batch_size]
+
+
+def steps_for(rows: int, batch_size: int, epochs: int, steps: int | None) -> int:
+    """Local steps that :func:`batch_order` takes for a client with ``rows`` rows."""
+    return epochs * math.ceil(rows / batch_size) if steps is None else steps
+
+
+@contextmanager
+def training_mode(module: nn.Module, seed: int) -> Iterator[None]:
+    """Switch on what only training has, adapter dropout and gradient checkpointing, drawing from ``seed``.
+
+    The rest of the backbone stays in evaluation mode: its dropout is zero and its running statistics are frozen.
+    """
+    live = [m for m in module.modules() if isinstance(m, nn.Dropout) or getattr(m, "gradient_checkpointing", False)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            for each in live:
+                each.training = True
+            yield
+        finally:
+            for each in live:
+                each.training = False
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: ClientConfig) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def _moments(optimizer: torch.optim.Optimizer, model: AdaptedModel) -> State:
+    """AdamW's state as plain tensors: ``<key>/step``, ``<key>/exp_avg`` and ``<key>/exp_avg_sq``."""
+    found = zip(model.trainable, model.parameters(), strict=True)
+    return {
+        f"{key}/{name}": cast(Tensor, value).clone()
+        for key, parameter in found
+        for name, value in optimizer.state[parameter].items()
+    }
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, model: AdaptedModel, moments: Mapping[str, Tensor]) -> None:
+    parameters = dict(zip(model.trainable, model.parameters(), strict=True))
+    for path, value in moments.items():
+        key, _, name = path.rpartition("/")
+        optimizer.state[parameters[key]][name] = value.clone()
