@@ -28,8 +28,9 @@ def filled(template: str, table: pd.DataFrame = TABLE) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "expected"), [("text", False), ("a column {x}", False), ("{{ a }}", True), ("{% if a %}b{% endif %}", True)]
-)  # fmt: skip
+    ("setting", "expected"),
+    [("text", False), ("a column {x}", False), ("{{ a }}", True), ("{% if a %}b{% endif %}", True)],
+)
 def test_a_template_is_told_from_a_column(setting: str, expected: bool) -> None:
     assert is_template(setting) is expected
 
