@@ -101,13 +101,13 @@ class Regression(Task):
         return (target - self.settings.center) / self.settings.scale
 
 
-def finite_numbers(labels: pd.Series) -> np.ndarray:
-    """Labels as numbers ``[rows]``, fp32.
+def finite_numbers(labels: Any) -> np.ndarray:
+    """A column of labels as numbers ``[rows]``, fp32.
 
     Raises:
         InputError: a label is no finite number.
     """
-    numbers = pd.to_numeric(labels, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers = np.asarray(pd.to_numeric(labels, errors="coerce"), dtype=np.float64)
     bad = ~(np.abs(numbers) <= np.finfo(np.float32).max)
     if bad.any():
         row = int(bad.argmax())
