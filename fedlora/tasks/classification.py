@@ -77,12 +77,12 @@ def encode_texts(
     ragged = {"input_ids": ids}
     if pairs is not None and "token_type_ids" in tokenizer.model_input_names:
         ragged["token_type_ids"] = encoded["token_type_ids"]
+    return ragged, fixed, count_longer(tokenizer, texts, pairs, ids, max_length)
+
+
+def count_longer(tokenizer: Any, texts: list[str], pairs: list[str] | None, ids: list[Any], max_length: int) -> int:
+    """How many texts have more than ``max_length`` tokens, given their ``ids`` after truncation to it."""
     full = [i for i, row in enumerate(ids) if len(row) >= max_length]  # exactly as long, or cut
-    return ragged, fixed, _longer(tokenizer, texts, pairs, full, max_length)
-
-
-def _longer(tokenizer: Any, texts: list[str], pairs: list[str] | None, full: list[int], max_length: int) -> int:
-    """How many of the rows ``full`` have more than ``max_length`` tokens."""
     if not full:
         return 0
     whole = tokenizer([texts[i] for i in full], None if pairs is None else [pairs[i] for i in full])["input_ids"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 Entity = tuple[str, int, int]
-BEGINNINGS, ENDS = "BSU", "ESL" + "U"
+BEGINNINGS, ENDS = "BSU", "ELSU"
 
 
 def has_entities(tags: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoModelForTokenClassification
 from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
 from fedlora.tasks.base import IGNORED, Batch, Schema, Statistics, Task, TaskConfig, register
-from fedlora.tasks.classification import text_logits
+from fedlora.tasks.classification import count_longer, text_logits
 from fedlora.tasks.entities import entity_counts, has_entities, scores, tag_counts
 from fedlora.tasks.labels import class_schema
 
@@ -57,14 +58,16 @@ class TokenClassification(Task):
         """
         number = {tag: i for i, tag in enumerate(schema.labels)}
         words, tags = zip(*self._rows(rows), strict=True)
-        encoded = self.tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=max_length)
-        ids: Any = encoded["input_ids"]
-        labels, truncated = [], 0
-        for row in range(len(ids)):
-            places = encoded.word_ids(row)
-            first = [w is not None and w != before for before, w in zip([None, *places], places, strict=False)]
-            labels.append([number[tags[row][w]] if f else IGNORED for f, w in zip(first, places, strict=True)])
-            truncated += _is_cut(self.tokenizer, words[row], places, max_length)
+        texts = [" ".join(of_row) for of_row in words]
+        encoded = self.tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        ids, spans = cast(Any, encoded["input_ids"]), cast(Any, encoded["offset_mapping"])
+        labels = []
+        for row, of_row in enumerate(tags):
+            learned = [IGNORED] * len(ids[row])
+            for place, word in first_tokens(words[row], spans[row]):
+                learned[place] = number[of_row[word]]
+            labels.append(learned)
+        truncated = count_longer(self.tokenizer, texts, None, ids, max_length)
         return EncodedRows.from_lists({"input_ids": ids, "labels": labels}, {}, truncated)
 
     def _rows(self, rows: pd.DataFrame) -> list[tuple[list[str], list[str]]]:
@@ -93,7 +96,8 @@ class TokenClassification(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the words of the batch."""
-        return functional.cross_entropy(text_logits(model, batch).flatten(0, 1), batch["labels"].flatten())
+        logits, labels = text_logits(model, batch).flatten(0, 1), batch["labels"].flatten()
+        return functional.cross_entropy(logits, labels, reduction="sum") / max(self.weight(batch), 1)
 
     def weight(self, batch: Batch) -> int:
         """The words of the batch."""
@@ -142,6 +146,21 @@ def pieces(value: Any) -> list[str]:
     return value.split() if isinstance(value, str) else [str(item) for item in np.atleast_1d(value).tolist()]
 
 
+def first_tokens(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first token of every word that has one: pairs (place of the token, number of the word).
+
+    Args:
+        words: the words of a row, which its text joins by single spaces.
+        spans: first and last + 1 character of every token; a token belongs to the word of its last character.
+    """
+    word_at = np.repeat(np.arange(len(words)), [len(word) + 1 for word in words])
+    first: dict[int, int] = {}
+    for place, (start, end) in enumerate(spans):
+        if start < end:
+            first.setdefault(int(word_at[end - 1]), place)
+    return [(place, word) for word, place in first.items()]
+
+
 def _named(tag: str, names: tuple[str, ...] | None, row: int) -> str:
     if names is None or tag in names:
         return tag
@@ -151,10 +170,3 @@ def _named(tag: str, names: tuple[str, ...] | None, row: int) -> str:
         f"Row {row + 1} has the tag {tag!r} (data.label), which is not one of the {len(names)} of task.tags = "
         f"{list(names)}. Correct task.tags, or set task.tags=null to use the tags as the data has them."
     )
-
-
-def _is_cut(tokenizer: Any, words: list[str], places: list[int | None], max_length: int) -> bool:
-    """Whether a row has more tokens than ``max_length``."""
-    if len(places) < max_length:
-        return False
-    return len(tokenizer(words, is_split_into_words=True)["input_ids"]) > max_length
