@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -167,9 +167,10 @@ def model_inputs(batch: Batch) -> Batch:
 
 
 _REGISTRY: dict[str, type[Task]] = {}
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-def register(task: type[Task]) -> type[Task]:
+def register(task: type[AnyTask]) -> type[AnyTask]:
     """Class decorator: make a task available as ``task=<name>``."""
     _REGISTRY[task.name] = task
     return task

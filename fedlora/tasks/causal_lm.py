@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,8 @@ class CausalLM(Task):
     default_metric = "token_accuracy"
     columns = ("messages", "text", "label")
     nested = ("messages",)
+    ends_answers: ClassVar[bool] = True
+    """Whether an answer without a chat template closes with the end token."""
 
     @property
     def settings(self) -> CausalLMConfig:
@@ -59,7 +61,7 @@ class CausalLM(Task):
         """
         pieces = self._dialogues(rows) if self._uses_chat(rows) else self._completions(rows)
         ids, labels, truncated = [], [], 0
-        for number, (tokens, answer) in enumerate(pieces):
+        for number, (tokens, answer) in zip(rows.index, pieces, strict=True):
             if not any(answer):
                 raise InputError(
                     f"Row {number + 1} has no answer tokens to learn from (rows count from 1): its completion "
@@ -87,7 +89,7 @@ class CausalLM(Task):
                 [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
                 for prompt, answer in turns
             ]
-        return [encode_dialogue(self.tokenizer, dialogue, number) for number, dialogue in enumerate(dialogues)]
+        return [encode_dialogue(self.tokenizer, *numbered) for numbered in zip(dialogues, rows.index, strict=True)]
 
     def _completions(self, rows: pd.DataFrame) -> list[tuple[list[int], list[bool]]]:
         end: Any = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
@@ -96,7 +98,7 @@ class CausalLM(Task):
         pieces = []
         for prompt, answer in zip(prompts, answers, strict=True):
             start = prompt or end
-            learned = answer + end if answer else []
+            learned = answer + end if answer and self.ends_answers else answer
             pieces.append((start + learned, [False] * len(start) + [True] * len(learned)))
         return pieces
 
