@@ -1,6 +1,6 @@
 """Tasks: what the model is asked to do. One file a task."""
 
-from fedlora.tasks import causal_lm, classification, multiple_choice, regression, token_classification
+from fedlora.tasks import causal_lm, classification, generation, multiple_choice, regression, token_classification
 from fedlora.tasks.base import Batch, Schema, Statistics, Task, TaskConfig, build_task, collate, register
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "causal_lm",
     "classification",
     "collate",
+    "generation",
     "multiple_choice",
     "register",
     "regression",
