@@ -1,6 +1,14 @@
 """Tasks: what the model is asked to do. One file a task."""
 
-from fedlora.tasks import causal_lm, classification, generation, multiple_choice, regression, token_classification
+from fedlora.tasks import (
+    causal_lm,
+    classification,
+    generation,
+    image_classification,
+    multiple_choice,
+    regression,
+    token_classification,
+)
 from fedlora.tasks.base import Batch, Schema, Statistics, Task, TaskConfig, build_task, collate, register
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "classification",
     "collate",
     "generation",
+    "image_classification",
     "multiple_choice",
     "register",
     "regression",
