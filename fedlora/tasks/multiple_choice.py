@@ -15,6 +15,8 @@ from fedlora.tasks.base import IGNORED, Batch, Schema, Statistics, TaskConfig, p
 from fedlora.tasks.causal_lm import CausalLM, answer_losses
 from fedlora.tasks.choices import resolve
 
+PER_CHOICE = ("input_ids", "attention_mask", "labels")
+
 
 class MultipleChoiceConfig(TaskConfig):
     """Multiple choice's settings.
@@ -139,7 +141,7 @@ class MultipleChoice(CausalLM):
         """The question, the right choice and the most likely one."""
         batch = self.collate(rows, [row])
         with torch.no_grad():
-            loss, _, _ = answer_losses(model, {key: batch[key][0] for key in ("input_ids", "attention_mask", "labels")})
+            loss, _, _ = answer_losses(model, {key: batch[key][0] for key in PER_CHOICE})
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         prompt = ids[0][: int((labels[0] != IGNORED).long().argmax())]
         said = {"reference": int(batch["target"][0]), "answer": int(loss.sum(1).argmin())}
@@ -150,9 +152,9 @@ class MultipleChoice(CausalLM):
 def _right(batch: Batch) -> Batch:
     """The right choices of a batch ``[b, t]``."""
     every = torch.arange(len(batch["target"]), device=batch["target"].device)
-    return {key: batch[key][every, batch["target"]] for key in ("input_ids", "attention_mask", "labels")}
+    return {key: batch[key][every, batch["target"]] for key in PER_CHOICE if key in batch}
 
 
 def _option(batch: Batch, rows: Tensor, choice: int) -> Batch:
     """One choice ``[rows, t]`` of those rows of a batch that have it."""
-    return {key: batch[key][rows, choice] for key in ("input_ids", "attention_mask", "labels")}
+    return {key: batch[key][rows, choice] for key in PER_CHOICE}

@@ -97,7 +97,7 @@ class TokenClassification(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the words of the batch."""
         logits, labels = text_logits(model, batch).flatten(0, 1), batch["labels"].flatten()
-        return functional.cross_entropy(logits, labels, reduction="sum") / max(self.weight(batch), 1)
+        return functional.cross_entropy(logits, labels, reduction="sum") / (labels != IGNORED).sum().clamp(min=1)
 
     def weight(self, batch: Batch) -> int:
         """The words of the batch."""
