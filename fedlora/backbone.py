@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,7 +124,10 @@ class Backbone:
         """The longest sequence the model can read, or ``None`` where its configuration does not say."""
         config = self.config()
         known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-        return next((value for value in known if isinstance(value, int) and value > 0), None)
+        longest = next((value for value in known if isinstance(value, int) and value > 0), None)
+        if longest is not None and config.model_type in COUNTS_FROM_PADDING:
+            return longest - (config.pad_token_id or 0) - 1
+        return longest
 
     def require_decoder(self, task: str) -> None:
         """Refuse a backbone that cannot continue a text.
@@ -140,13 +143,16 @@ class Backbone:
                 "does not continue texts. Use backbone=smollm2, or backbone=hf backbone.path=<a causal language model>."
             )
 
-    def load(self, auto_class: Any, seed: int, *, quantized: bool = True, **overrides: Any) -> nn.Module:
+    def load(
+        self, auto_class: Any, seed: int, *, quantized: bool = True, heads: Iterable[str] = (), **overrides: Any
+    ) -> nn.Module:
         """Load the weights in fp32 through ``auto_class``; parts missing from the checkpoint are drawn from ``seed``.
 
         Args:
             auto_class: a transformers auto class, or a class with the same ``from_pretrained`` and ``from_config``.
             seed: the seed of the run.
             quantized: whether to apply ``backbone.quantization``.
+            heads: modules that are never quantised because they are trained.
             overrides: configuration values of the model.
 
         Raises:
@@ -157,7 +163,7 @@ class Backbone:
         if self.settings.attention is not None:
             options["attn_implementation"] = self.settings.attention
         if quantized and self.settings.quantization != "none":
-            options["quantization_config"] = _quantization(self.settings.quantization)
+            options["quantization_config"] = _quantization(self.settings.quantization, heads)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "head"))
             try:
@@ -168,6 +174,11 @@ class Backbone:
                         model = auto_class.from_pretrained(self.path, config=config, **options)
             except (OSError, ValueError, ImportError) as error:
                 raise InputError(f"{self.described} does not load: {_first_line(error)}") from error
+        for layer in model.modules():
+            if hasattr(
+                layer, "support_avx512bf16_for_cpu"
+            ):  # else a forward pass in bf16 repacks 4-bit weights in place
+                layer.support_avx512bf16_for_cpu = False
         if self.settings.gradient_checkpointing:
             _checkpoint_gradients(model, self.described)
         return model.eval().requires_grad_(False)
@@ -182,6 +193,9 @@ class Backbone:
 # Families that transformers can dress as decoders although their weights never learned to continue a text.
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert", "roformer", "rembert", "megatron-bert"})
 
+# Families whose first position is that after the padding token's number.
+COUNTS_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "xmod", "longformer"})
+
 
 def _require_bitsandbytes(kind: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -191,10 +205,16 @@ def _require_bitsandbytes(kind: str) -> None:
         )
 
 
-def _quantization(kind: str) -> BitsAndBytesConfig:
+def _quantization(kind: str, heads: Iterable[str]) -> BitsAndBytesConfig:
+    kept = [*heads, "lm_head"]
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=kept,
+    )
 
 
 def _checkpoint_gradients(model: Any, described: str) -> None:

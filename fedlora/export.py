@@ -121,7 +121,7 @@ def _merged_factors(
 
 def _merged_by_peft(federation: Federation, full: State, head: State) -> PreTrainedModel:
     try:
-        return cast(PreTrainedModel, _peft_model(federation, full, {}).merge_and_unload())
+        return cast(PreTrainedModel, _peft_model(federation, full, head).merge_and_unload())
     except (NotImplementedError, AttributeError, ValueError) as error:
         raise InputError(
             f"adapter {federation.adapter.label} cannot be merged into the backbone's weights ({error}). "
@@ -140,7 +140,9 @@ def _peft_model(federation: Federation, full: State, head: State) -> PeftModel:
         config.modules_to_save = _top_level(head)  # pyright: ignore[reportAttributeAccessIssue]
     with seeded(federation.config.seed), logged_warnings():
         model = PeftModel(module, config, ADAPTER_NAME)
-    tensors = {plain_name(key): value for key, value in named_tensors(model.base_model).items() if id(value) not in before}
+    tensors = {
+        plain_name(key): value for key, value in named_tensors(model.base_model).items() if id(value) not in before
+    }
     with torch.no_grad():
         for key, value in full.items():
             tensors[key].copy_(value)

@@ -16,6 +16,7 @@ import pandas as pd
 from pandas.core.util.hashing import hash_pandas_object
 
 from fedlora.adapters import Adapter, State, build_adapter
+from fedlora.adapters.injection import WeightsNeededError
 from fedlora.backbone import Backbone
 from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig
 from fedlora.data.index import ClientIndex, build_index
@@ -119,16 +120,23 @@ class Federation:
     def build_model(self) -> AdaptedModel:
         """Load the backbone, inject the adapter and start it from the seed, without the gradient basis."""
         overrides = self.task.model_overrides(self.schema)
-        module = self.backbone.load(self.task.auto_class, self.config.seed, **overrides)
-        model = AdaptedModel(module, self.adapter, self.task.head_modules)
+        heads = self.task.head_modules
+        module = self.backbone.load(self.task.auto_class, self.config.seed, heads=heads, **overrides)
+        model = AdaptedModel(module, self.adapter, self.task.head_modules, self.config.seed)
         model.initialise(self.config.seed)
         return model
 
     def build_meta_model(self) -> AdaptedModel:
-        """The same model on the meta device: every shape, no weights."""
+        """The same model on the meta device: every shape, no weights.
+
+        A few PEFT methods (SHiRA, FRoD, ...) lay out their tensors by looking at the weights: theirs is a real model.
+        """
         overrides = self.task.model_overrides(self.schema)
         module = self.backbone.meta(self.task.auto_class, **overrides)
-        return AdaptedModel(module, self.adapter, self.task.head_modules)
+        try:
+            return AdaptedModel(module, self.adapter, self.task.head_modules, self.config.seed)
+        except WeightsNeededError:
+            return self.build_model()
 
     def initialise_on_server(self, model: AdaptedModel) -> None:
         """Finish what only the server can start: the gradient basis, from its public sample."""

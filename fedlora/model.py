@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import cast
 
 import torch
-from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters.base import ADAPTER_NAME, Adapter, State, lora_layers
+from fedlora.adapters.base import Adapter, Affinity, State
+from fedlora.adapters.factored import LowRankAdapter
+from fedlora.adapters.injection import inject
+from fedlora.adapters.probe import measured_delta
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
 
@@ -19,44 +22,45 @@ from fedlora.lowrank import LowRank
 class AdaptedModel:
     """A transformers model with injected adapter layers and an owned list of trainables.
 
-    Keys of a state are ``<module>.<factor>.weight`` for factors and plain parameter names for the head.
+    Keys of a state are PEFT's names without the adapter name (``<module>.lora_A.weight``, ``<module>.miss_block``) for
+    the adapter and plain parameter names for the head.
 
     Attributes:
         module: the model; call it like any transformers model.
+        layers: the adapted layers by module name.
         shared: keys that travel, in wire order.
         private: trained keys that never leave the client.
-        frozen: factor keys that are not trained and identical on every client.
+        frozen: floating-point keys of the adapter that are not trained and identical on every client.
         head: keys of the task head, wherever it belongs.
     """
 
-    def __init__(self, module: nn.Module, adapter: Adapter, head_modules: Iterable[str]) -> None:
-        """Inject ``adapter`` into ``module`` in place.
+    def __init__(self, module: nn.Module, adapter: Adapter, head_modules: Iterable[str], seed: int = 0) -> None:
+        """Inject ``adapter`` into ``module`` in place; what PEFT draws comes from ``seed``.
 
         Raises:
-            InputError: the target modules match nothing, or the rank exceeds a layer.
+            InputError: the target modules match nothing, the rank exceeds a layer, or PEFT refuses the adapter.
+            WeightsNeededError: the module is on the meta device and the adapter's shapes depend on the weights.
         """
         self.adapter = adapter
         heads = tuple(head_modules)
-        self.module = _inject(module, adapter)
-        self.layers = dict(lora_layers(self.module))
-        _check_ranks(self.layers, adapter)
-        self._parameters = {
-            f"{name}.{factor}.weight": getattr(layer, factor)[ADAPTER_NAME].weight
-            for name, layer in self.layers.items()
-            for factor in adapter.factors
-        }
-        trained = tuple(key for key in self._parameters if key.split(".")[-2] in adapter.trained)
-        self.frozen = tuple(key for key in self._parameters if key not in trained)
-        head = {
-            key: p for key, p in self.module.named_parameters() if key.split(".")[0] in heads and "lora_" not in key
-        }
-        self._parameters.update(head)
+        injected = inject(module, adapter, heads, seed)
+        adapter.check(injected.layers, injected.tensors)
+        self.module: nn.Module = injected.tuner.model
+        self.layers = injected.layers
+        trained = tuple(key for key, tensor in injected.tensors.items() if adapter.trains(key, tensor))
+        floating = {key: tensor for key, tensor in injected.tensors.items() if tensor.is_floating_point()}
+        if strange := [key for key in trained if key not in floating]:
+            raise InputError(f"adapter {adapter.label}: '{strange[0]}' is trained but does not hold real numbers.")
+        self.frozen = tuple(key for key in floating if key not in trained)
+        ours = {id(tensor) for tensor in injected.tensors.values()}
+        head = {key: p for key, p in self.module.named_parameters() if key.split(".")[0] in heads and id(p) not in ours}
+        self._tensors: dict[str, Tensor] = {**floating, **head}
         self.head = tuple(head)
         place = adapter.config.head
         self.shared = trained + (tuple(head) if place == "shared" else ())
         self.private = tuple(head) if place == "private" else ()
         self._corrections: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.layers.items() if isinstance(adapter, LowRankAdapter) else ():
             layer.get_base_layer().register_forward_hook(self._correction_hook(name))
         self.own_trainables()
 
@@ -67,7 +71,7 @@ class AdaptedModel:
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters in key order."""
-        return [self._parameters[key] for key in self.trainable]
+        return [cast(nn.Parameter, self._tensors[key]) for key in self.trainable]
 
     def own_trainables(self) -> None:
         """Train exactly the trained keys, whatever PEFT has switched on or off."""
@@ -88,7 +92,7 @@ class AdaptedModel:
 
     def read(self, keys: Iterable[str]) -> State:
         """Copy the tensors of ``keys`` out of the model."""
-        return {key: self._parameters[key].detach().clone() for key in keys}
+        return {key: self._tensors[key].detach().clone() for key in keys}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copy ``state`` into the model in place.
@@ -98,28 +102,57 @@ class AdaptedModel:
         """
         with torch.no_grad():
             for key, value in state.items():
-                parameter = self._parameters.get(key)
+                parameter = self._tensors.get(key)
                 if parameter is None or parameter.shape != value.shape:
                     expected = "no such tensor" if parameter is None else f"expected {list(parameter.shape)}"
                     raise FedloraError(f"Cannot load tensor '{key}' of shape {list(value.shape)}: {expected}.")
                 parameter.copy_(value)
 
     def initialise(self, seed: int, gradients: State | None = None) -> None:
-        """Start the adapter's factors; see :meth:`Adapter.initialise`."""
+        """Start the adapter's tensors; see :meth:`Adapter.initialise`."""
         self.adapter.initialise(self.layers, seed, gradients)
 
-    def delta(self, state: Mapping[str, Tensor]) -> dict[str, LowRank]:
-        """dW of every adapted module for a (shared) state, with the model's own frozen factors."""
-        return self.adapter.delta({**self.read(self.frozen), **state})
+    @cached_property
+    def affinity(self) -> Affinity:
+        """Whether dW is affine in what is trained, by formula or by measurement."""
+        return self.adapter.affinity(self.layers)
+
+    def delta(self, state: Mapping[str, Tensor], frozen: Mapping[str, Tensor] | None = None) -> dict[str, LowRank]:
+        """dW of every adapted module for a (shared) state.
+
+        By formula for low-rank adapters; otherwise what the layers do to seeded random inputs, in probe coordinates
+        (:func:`fedlora.adapters.probe.measured_delta`).
+
+        Args:
+            state: the trained tensors; keys of the head do not matter.
+            frozen: the frozen tensors; ``None``: the model's own.
+        """
+        full = {**(self.read(self.frozen) if frozen is None else frozen), **state}
+        known = self.adapter.delta(full)
+        if known is not None:
+            return known
+        with self._holding({key: value for key, value in full.items() if key not in self.head}):
+            return measured_delta(self.layers)
+
+    @contextmanager
+    def _holding(self, state: State) -> Iterator[None]:
+        """Hold ``state`` for a while."""
+        own = self.read(state)
+        try:
+            self.load(state)
+            yield
+        finally:
+            self.load(own)
 
     def shapes(self, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of ``keys``; works on the meta device."""
-        return {key: tuple(self._parameters[key].shape) for key in keys}
+        return {key: tuple(self._tensors[key].shape) for key in keys}
 
     def set_base_correction(self, corrections: Mapping[str, Tensor]) -> None:
         """Add a full-rank fp32 correction ``{module: [m, n]}`` beside the frozen weights (empty: none).
 
-        The frozen weights themselves are never changed, so low-precision backbones lose nothing.
+        The frozen weights themselves are never changed, so low-precision backbones lose nothing. Only the layers of
+        low-rank adapters are sure to run their base layer, so only those can have a correction.
         """
         self._corrections = dict(corrections)
 
@@ -131,38 +164,3 @@ class AdaptedModel:
             return output + functional.linear(inputs[0].to(correction.dtype), correction).to(output.dtype)
 
         return add
-
-
-def _inject(module: nn.Module, adapter: Adapter) -> nn.Module:
-    config = adapter.peft_config()
-    config.fan_in_fan_out = any(isinstance(child, Conv1D) for child in module.modules())
-    try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws values that initialise() replaces
-            return inject_adapter_in_model(
-                config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=_is_meta(module)
-            )
-    except ValueError as error:
-        linear = {
-            name.split(".")[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)
-        }
-        raise InputError(
-            f"adapter.target_modules = {adapter.config.target_modules!r} matches no layer of this backbone. "
-            f"Its linear layers are named: {', '.join(sorted(linear))}."
-        ) from error
-
-
-def _check_ranks(layers: Mapping[str, LoraLayer], adapter: Adapter) -> None:
-    rank = adapter.config.rank
-    for name, layer in layers.items():
-        if any(ADAPTER_NAME not in getattr(layer, factor, ()) for factor in adapter.factors):
-            kind = type(layer.get_base_layer()).__name__
-            raise InputError(f"adapter.target_modules names '{name}', a layer of type {kind}; choose linear layers.")
-        n, m = int(layer.in_features), int(layer.out_features)  # pyright: ignore
-        if rank > min(m, n):
-            raise InputError(
-                f"adapter.rank = {rank} is larger than layer '{name}' ({m} x {n}). Use adapter.rank <= {min(m, n)}."
-            )
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return next(module.parameters()).is_meta

@@ -142,7 +142,7 @@ class FederatedRun:
         return relative_distance(expected, actual)
 
     def _delta(self, state: State) -> dict[str, LowRank]:
-        return self.federation.adapter.delta({**self.frozen, **state})
+        return self.worker.model.delta(state, self.frozen)
 
     def _complete(
         self,

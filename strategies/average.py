@@ -18,11 +18,16 @@ class Average(FederatedStrategy):
 
     def prepare(self, model: AdaptedModel) -> None:
         """Refuse adapters whose dW is not affine: the name promises an exact mean."""
-        if not model.adapter.affine:
-            raise InputError(
-                f"strategy=average is exact only for affine adapters, and adapter={model.adapter.label} is not one. "
-                "Use strategy=fedit for the usual inexact average, or strategy=fedex for an exact one."
-            )
+        affinity = model.affinity
+        if affinity.affine:
+            return
+        measured = "" if affinity.error is None else f" (measured: a mean is off by {affinity.error:.2g} of the update)"
+        unknown = "" if affinity.reason is None else f" as far as can be told ({affinity.reason})"
+        raise InputError(
+            f"strategy=average is exact only for affine adapters, and adapter={model.adapter.label} is not "
+            f"one{measured}{unknown}. Use strategy=fedit for the usual inexact average"
+            f"{', or strategy=fedex for an exact one' if affinity.error is None and affinity.reason is None else ''}."
+        )
 
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """The weighted mean."""

@@ -7,7 +7,7 @@ The residual sum_k p_k B_k A_k - B A of the averaged factors equals sum_k p_k (B
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -36,12 +36,13 @@ class FedEx(FederatedStrategy):
 
     def prepare(self, model: AdaptedModel) -> None:
         """Needs both LoRA factors."""
-        if type(model.adapter) is not Lora:
+        adapter = model.adapter
+        if type(adapter) is not Lora:  # FFA-LoRA is a Lora too, with one factor only
             raise InputError(
-                f"strategy=fedex needs adapter=lora, not {model.adapter.label}: it corrects the product of two "
+                f"strategy=fedex needs adapter=lora, not {adapter.label}: it corrects the product of two "
                 "averaged factors. For an affine adapter strategy=average is already exact."
             )
-        self._scale, self._modules = model.adapter.scale, tuple(model.layers)
+        self._scale, self._modules = cast(Lora, adapter).scale, tuple(model.layers)
 
     def send(self, client: str, server_round: int, state: State) -> Outgoing:
         """The averaged factors, and what brings the client's base up to date."""

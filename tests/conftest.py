@@ -171,4 +171,5 @@ def tiny_lm(lm_overrides: list[str]) -> Compose:
 
 def _adapter_size(overrides: tuple[str, ...]) -> list[str]:
     """Ranks that fit hidden size 32 (and 16 for grouped keys), unless the test chooses its own."""
-    return [] if any(o.startswith("adapter.rank=") for o in overrides) else ["adapter.rank=4"]
+    sized = any(o.startswith(("adapter.rank=", "adapter=peft", "adapter=dora")) for o in overrides)
+    return [] if sized else ["adapter.rank=4"]

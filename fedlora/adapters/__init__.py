@@ -1,12 +1,17 @@
 """Adapters: the trainable part of the model. One file a method."""
 
-from fedlora.adapters import fed_sb, ffa, lora
-from fedlora.adapters.base import Adapter, AdapterConfig, State, build_adapter, register, registered
+from fedlora.adapters import any_peft, fed_sb, ffa, lora
+from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, State, build_adapter, register, registered
+from fedlora.adapters.factored import LowRankAdapter, LowRankConfig
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Affinity",
+    "LowRankAdapter",
+    "LowRankConfig",
     "State",
+    "any_peft",
     "build_adapter",
     "fed_sb",
     "ffa",

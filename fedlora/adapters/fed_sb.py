@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import bases
-from fedlora.adapters.base import Adapter, AdapterConfig, State, factor_weight, modules_of, register
+from fedlora.adapters.base import State, register
+from fedlora.adapters.factored import LowRankAdapter, LowRankConfig, factor_weight, modules_of
+from fedlora.adapters.quantised import decoded_weight
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 
@@ -44,7 +46,8 @@ class FedSBLinear(Linear):
         if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
-            inner = self.lora_A[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
+            dropped = self.lora_dropout[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
+            inner = self.lora_A[name](dropped)
             result = result + (self.lora_B[name](self.lora_R[name](inner)) * self.scaling[name]).to(result.dtype)
         return result
 
@@ -55,7 +58,7 @@ class FedSBLinear(Linear):
         return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
 
 
-class FedSBConfig(AdapterConfig):
+class FedSBConfig(LowRankConfig):
     """Fed-SB's settings.
 
     Attributes:
@@ -69,7 +72,7 @@ class FedSBConfig(AdapterConfig):
 
 
 @register("fed_sb")
-class FedSB(Adapter):
+class FedSB(LowRankAdapter):
     """Only R is trained. With the gradient basis the run starts at the best rank-r part of the first update."""
 
     Config = FedSBConfig
@@ -112,16 +115,16 @@ class FedSB(Adapter):
             a, r, b = (factor_weight(layer, factor) for factor in ("lora_A", "lora_R", "lora_B"))
             with torch.no_grad():
                 if self.settings.basis == "seeded":
-                    basis = bases.seeded_basis(b.shape[0], a.shape[1], self.config.rank, seed, name)
+                    basis = bases.seeded_basis(b.shape[0], a.shape[1], self.settings.rank, seed, name)
                 elif a.is_meta or (self.settings.basis == "gradient" and gradients is None):
                     for factor in (a, r, b):
                         factor.zero_()
                     continue
                 elif self.settings.basis == "weight":
-                    basis = bases.weight_basis(oriented_weight(layer), self.config.rank)
+                    basis = bases.weight_basis(oriented_weight(layer), self.settings.rank)
                 else:
                     assert gradients is not None
-                    basis = bases.gradient_basis(gradients[name], self.config.rank, self.settings.basis_step)
+                    basis = bases.gradient_basis(gradients[name], self.settings.rank, self.settings.basis_step)
                 b.copy_(basis.left)
                 r.copy_(torch.diag(basis.core) / self.scale)
                 a.copy_(basis.right)
@@ -136,13 +139,13 @@ class FedSB(Adapter):
 
 
 def oriented_weight(layer: LoraLayer) -> Tensor:
-    """The base weight as ``[m, n]`` (out, in), whatever the layer stores.
+    """The base weight as ``[m, n]`` (out, in), whatever the layer stores, decoded where it is quantised.
 
     Raises:
         InputError: the layer has no plain matrix weight.
     """
     base = layer.get_base_layer()
-    weight = cast(Tensor, base.weight).detach()
+    weight = decoded_weight(base)
     if weight.ndim != 2:
         raise InputError(f"adapter=fed_sb cannot adapt {type(base).__name__}; choose linear adapter.target_modules.")
     return weight.T if isinstance(base, Conv1D) else weight

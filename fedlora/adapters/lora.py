@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from peft.tuners.lora import LoraLayer
 
-from fedlora.adapters.base import Adapter, State, factor_weight, register, seeded_uniform
+from fedlora.adapters.base import State, register
+from fedlora.adapters.factored import LowRankAdapter, factor_weight, seeded_uniform
 
 
 @register("lora")
-class Lora(Adapter):
+class Lora(LowRankAdapter):
     """Both factors are trained, so dW is bilinear in what travels and plain averaging is not exact."""
 
     affine = False

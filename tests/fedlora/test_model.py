@@ -186,3 +186,13 @@ def test_the_backbone_weights_are_not_touched_by_injection(tiny):
     second = federation.build_model()
     for layer, other in zip(first.layers.values(), second.layers.values(), strict=True):
         assert torch.equal(layer.get_base_layer().weight, other.get_base_layer().weight)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ffa", "fed_sb[seeded]"])
+def test_dropout_of_the_adapter_acts_in_training_only(tiny, adapter: str):
+    federation = Federation(tiny(*ADAPTERS[adapter], "adapter.dropout=0.5"))
+    model, batch = federation.build_model(), first_batch(federation)
+    model.load(random_state(model, model.shared))
+    assert torch.equal(logits(model.module, batch), logits(model.module, batch))
+    model.module.train()
+    assert not torch.equal(logits(model.module, batch), logits(model.module, batch))

@@ -121,7 +121,7 @@ def test_the_gradient_basis_starts_at_the_best_low_rank_first_step(case: Case):
     start = model.read((*model.trainable, *model.frozen))
     zero = {key: torch.zeros_like(value) for key, value in start.items() if key not in model.head}
     model.load(zero)
-    gradients = loss_gradients(model, federation.task, federation.tokens, federation.index.public, 3, federation.pad_id)
+    gradients = loss_gradients(model, federation.task, federation.rows, federation.index.public, 3)
     model.load(start)
     for name, delta in model.delta(model.read(model.shared)).items():
         first_step = -STEP * torch.sign(gradients[name].double())
