@@ -171,14 +171,21 @@ class CheckpointConfig(Settings):
 class EvalConfig(Settings):
     """Evaluation happens before the first round, every ``every`` rounds and after the last.
 
-    ``max_rows`` bounds the global validation and test sets, ``max_clients`` the number of seen clients whose own
-    test rows are evaluated (``null``: no bound).
+    Attributes:
+        every: rounds between evaluations.
+        batch_size: rows of one forward pass.
+        max_rows: bound of the global validation and test sets; ``None``: no bound.
+        max_clients: how many seen clients' own test rows are evaluated; ``None``: all.
+        target: a value of the main metric on validation; the summary says when it was reached and at what cost.
+        samples: test rows whose generated answers are shown after the run, before and after training.
     """
 
     every: Count
     batch_size: Count
     max_rows: Count | None
     max_clients: Count | None
+    target: float | None = None
+    samples: Annotated[int, Field(ge=0)] = 0
 
 
 class EngineConfig(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from simulations.simulate import resume, start
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Execute the chosen command and return its exit status."""
+    logging.getLogger("fedlora.notices").addHandler(_NoticeHandler())
     try:
         return COMMANDS[options.command](options, list(overrides))
     except KeyboardInterrupt:
@@ -61,6 +63,8 @@ def _simulate(options: argparse.Namespace, overrides: list[str]) -> int:
         console = tables.console()
         console.print(tables.comparison(finished))
         console.print(tables.caption(finished))
+        for summary in finished:
+            console.print(tables.samples(summary), end="")
         console.print(Text(f"Run folder: {folders[0] if len(folders) == 1 else folders[0].parent}"))
     return max((_exit_code(failure) for failure in failures), default=0)
 
@@ -97,6 +101,20 @@ def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 COMMANDS = {"simulate": _simulate, "plan": _plan, "methods": _methods, "resume": _resume}
+
+
+class _NoticeHandler(logging.Handler):
+    """Prints every notice about the data once, however many trials a sweep has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.told:
+            self.told.add(text)
+            Console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), text), soft_wrap=True)
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,15 @@ class Evaluation:
     """Numbers of one evaluation.
 
     Attributes:
-        metrics: ``validation_<name>`` (rows of training clients) and ``test_<name>`` (whole unseen clients; absent
-            where no single model exists).
+        metrics: ``validation_<name>`` and ``seen_<name>`` (held-out rows of training clients: for choosing, and for
+            reporting) and ``test_<name>`` (whole unseen clients; absent where no single model exists).
         clients: mean, std, worst_decile and worst of the main metric over seen clients' own test rows.
+        unseen_clients: the same over unseen clients, one by one; ``None`` where no single model exists.
     """
 
     metrics: dict[str, float]
     clients: dict[str, float] | None
+    unseen_clients: dict[str, float] | None = None
 
 
 class Evaluator:
@@ -42,6 +44,7 @@ class Evaluator:
         self.own_test = {client: index.test[client] for client in self.panel}
         self.validation = federation.bounded(_joined(index.validation), "validation")
         self.test = federation.bounded(_joined(index.unseen), "test")
+        self.unseen = _grouped(self.test, index.unseen)
 
     def evaluate(self, strategy: FederatedStrategy | None, state: State, server_round: int) -> Evaluation:
         """Evaluate after ``server_round``. ``strategy=None`` means a stock Flower strategy: one global model."""
@@ -53,8 +56,10 @@ class Evaluator:
         if kind == "personal" or self.worker.model.private:
             return self._personal(state if kind != "personal" else {}, strategy, server_round)
         self.load(state, strategy)
-        rows = np.concatenate([self.validation, self.test, *self.own_test.values()])
-        return self._summarise(self._statistics(rows))
+        return self._summarise(self._statistics(self._rows()))
+
+    def _rows(self) -> np.ndarray:
+        return np.concatenate([self.validation, *self.unseen.values(), *self.own_test.values()])
 
     def load(self, state: State, strategy: FederatedStrategy | None) -> None:
         """Put the global model into the worker: backbone, server's basis, shared state, base correction."""
@@ -64,7 +69,7 @@ class Evaluator:
 
     def _zero_shot(self) -> Evaluation | None:
         federation = self.worker.federation
-        rows = np.concatenate([self.validation, self.test, *self.own_test.values()])
+        rows = self._rows()
         statistics = federation.task.zero_shot(federation.rows, _joined(federation.index.train), rows)
         return None if statistics is None else self._summarise(statistics)
 
@@ -83,9 +88,10 @@ class Evaluator:
             )
             own_validation.append(parts["validation"])
             own_test[client] = parts["test"]
-        pooled = {name: np.concatenate([part[name] for part in own_validation]) for name in own_validation[0]}
         task = self.worker.federation.task
-        return Evaluation(_prefixed("validation", task.metrics(pooled)), client_metrics(task, own_test))
+        metrics = _prefixed("validation", task.metrics(joined_statistics(own_validation)))
+        metrics |= _prefixed("seen", task.metrics(joined_statistics(list(own_test.values()))))
+        return Evaluation(metrics, client_metrics(task, own_test))
 
     def _statistics(self, rows: np.ndarray) -> Statistics:
         federation = self.worker.federation
@@ -94,15 +100,32 @@ class Evaluator:
 
     def _summarise(self, statistics: Statistics) -> Evaluation:
         task = self.worker.federation.task
-        sizes = {("set", "validation"): len(self.validation), ("set", "test"): len(self.test)}
-        sizes |= {("client", client): len(rows) for client, rows in self.own_test.items()}
+        sizes = {("validation", ""): len(self.validation)}
+        sizes |= {("test", client): len(rows) for client, rows in self.unseen.items()}
+        sizes |= {("seen", client): len(rows) for client, rows in self.own_test.items()}
         parts = split_statistics(statistics, sizes)
         metrics: dict[str, float] = {}
-        for name in ("validation", "test"):
-            if sizes["set", name]:
-                metrics |= _prefixed(name, task.metrics(parts["set", name]))
-        clients = {client: parts["client", client] for client in self.own_test}
-        return Evaluation(metrics, client_metrics(task, clients) if clients else None)
+        of_clients: dict[str, dict[str, Statistics]] = {}
+        for name in ("validation", "test", "seen"):
+            groups = {client: part for (group, client), part in parts.items() if group == name and sizes[group, client]}
+            if groups:
+                metrics |= _prefixed(name, task.metrics(joined_statistics(list(groups.values()))))
+                of_clients[name] = groups
+        seen, unseen = of_clients.get("seen"), of_clients.get("test")
+        return Evaluation(
+            metrics, client_metrics(task, seen) if seen else None, client_metrics(task, unseen) if unseen else None
+        )
+
+
+def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of several groups as those of one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _grouped(rows: np.ndarray, owners: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of ``rows`` that each owner has, where it has any."""
+    groups = {client: np.intersect1d(rows, own, assume_unique=True) for client, own in owners.items()}
+    return {client: found for client, found in groups.items() if len(found)}
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

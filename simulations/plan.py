@@ -29,8 +29,9 @@ from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
 from fedlora.training import steps_for
 from simulations.compose import CONF, options
+from simulations.finish import label
+from simulations.memory import predicted_peak, step_bytes, weight_bytes
 from simulations.sampler import cohort
-from simulations.simulate import label
 from strategies.base import FederatedStrategy, Outgoing, Reply, weights
 from strategies.build import build_strategy
 
@@ -73,7 +74,8 @@ def plan_run(config: Config) -> dict[str, Any]:
         **{key: traffic[key] for key in TOTALS},
         "total_bytes": traffic["message_up"] + traffic["message_down"],
         "per_round": traffic["per_round"],
-        "client_memory_bytes": _client_memory(federation, model, trainable),
+        "client_memory_bytes": weight_bytes(federation, model) + step_bytes(federation, model),
+        "run_memory_bytes": predicted_peak(federation, model),
         "client_flops_per_round": _client_flops(federation, model) if rounds else 0,
     }
 
@@ -167,23 +169,6 @@ def _blank(dtype: str, size: int) -> ArrayRecord:
     return ArrayRecord({wire.PACKED: Array(dtype=array.dtype, shape=shape, stype=array.stype, data=bytes(size))})
 
 
-def _client_memory(federation: Federation, model: AdaptedModel, trainable: int) -> int:
-    """Estimate: fp32 weights, gradients and two Adam moments of the trainables, and activations of one batch.
-
-    About 24 floats a token, hidden unit and layer are kept for the backward pass of a frozen transformer layer, and
-    one attention matrix a head.
-    """
-    settings = federation.config.client
-    config = federation.backbone.config()
-    hidden = int(getattr(config, "hidden_size", 0) or 0)
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    tokens = settings.batch_size * settings.max_length
-    activations = layers * tokens * (24 * hidden + heads * settings.max_length)
-    weights_count = sum(parameter.numel() for parameter in model.module.parameters())
-    return FP32 * (weights_count + 3 * trainable + activations)
-
-
 def _client_flops(federation: Federation, model: AdaptedModel) -> float:
     """Mean work of a client in a round: 4 FLOPs a token and matrix weight (forward, and backward to inputs only)."""
     settings = federation.config.client
@@ -218,7 +203,7 @@ def _method(name: str) -> dict[str, Any]:
         "adapter": choices["adapter"],
         "strategy": choices["strategy"],
         "exact": target.exact,
-        "affine": registered()[choices["adapter"]].affine,
+        "affine": getattr(registered()[choices["adapter"]], "affine", None),
         "lr": float(values["client"]["lr"]),
         "description": comments[2],
     }

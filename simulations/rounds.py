@@ -167,6 +167,7 @@ class FederatedRun:
             "loss": loss,
             "metrics": evaluation.metrics if evaluation else {},
             "clients": evaluation.clients if evaluation else None,
+            "unseen_clients": evaluation.unseen_clients if evaluation else None,
             **self.ledger.round_totals(server_round),
             "aggregation_error": error if measured else None,
             "aggregation_error_reason": None if measured else (error or "before the first round"),
@@ -205,7 +206,12 @@ class FederatedRun:
         key = f"validation_{self.federation.task.main_metric}"
         value = evaluation.metrics.get(key)
         if value is not None and (self.best is None or value > self.best["metrics"][key]):
-            self.best = {"round": server_round, "metrics": evaluation.metrics, "clients": evaluation.clients}
+            self.best = {
+                "round": server_round,
+                "metrics": evaluation.metrics,
+                "clients": evaluation.clients,
+                "unseen_clients": evaluation.unseen_clients,
+            }
 
     @contextmanager
     def _clock(self, phase: str) -> Iterator[None]:

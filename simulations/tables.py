@@ -56,9 +56,40 @@ def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
         "Payload bytes: tensors of the whole cohort in a round; setup: sent once, over the run. "
         "agg. error: largest of any round.",
     ]
+    losses = [(s["label"], s["start"]["metrics"], s["final"]["metrics"]) for s in summaries if s["rounds"]]
+    moved = [
+        f"{name} {start['validation_loss']:.3f} → {final['validation_loss']:.3f}"
+        for name, start, final in losses
+        if "validation_loss" in start and "validation_loss" in final
+    ]
+    if moved:
+        lines.append(f"Validation loss before and after training: {', '.join(moved)}.")
+    for summary in summaries:
+        if summary["target"] is not None:
+            lines.append(_reached(summary))
+    lines.append(f"Peak memory of the process: {human_bytes(max(s['memory']['peak_bytes'] for s in summaries))}.")
     if len(summaries) > 1 and len(seeds) == 1:
         lines.append(f"One seed ({seeds[0]}): a demonstration, not a ranking.")
     return Text("\n".join(lines), style="dim")
+
+
+def _reached(summary: Mapping[str, Any]) -> str:
+    """One sentence: what the target cost."""
+    target = summary["target"]
+    what = f"{summary['label']}: {target['metric'].replace('_', ' ')} {target['value']:g}"
+    if target["round"] is None:
+        return f"{what} was not reached."
+    return f"{what} after {target['round']} rounds, {human_bytes(target['bytes'])}, {target['seconds']:.1f} s."
+
+
+def samples(summary: Mapping[str, Any]) -> Text:
+    """Generated answers of one run, before and after training."""
+    text = Text()
+    for sample in summary["samples"]:
+        text.append(f"\n{summary['label']}, a test row\n", style="bold")
+        for name, key in (("prompt", "prompt"), ("reference", "reference"), ("before", "before"), ("after", "answer")):
+            text.append(f"{name:>10}  ", style="dim").append(" ".join(sample[key].split()) + "\n")
+    return text
 
 
 def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
@@ -81,7 +112,8 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
         "link, a client and round": lambda item: (
             f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s"
         ),
-        "memory of a client (estimate)": lambda item: human_bytes(item["client_memory_bytes"]),
+        "memory of a client": lambda item: human_bytes(item["client_memory_bytes"]),
+        "memory of the simulation": lambda item: human_bytes(item["run_memory_bytes"]),
         "work of a client and round": lambda item: f"{item['client_flops_per_round'] / 1e9:.1f} GFLOP",
     }
     for name, show in quantities.items():

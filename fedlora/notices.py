@@ -1,0 +1,31 @@
+"""What a user should know about the data of a run before it starts: told once, in one sentence each."""
+
+from __future__ import annotations
+
+from fedlora.data.index import untrained_labels
+from fedlora.federation import Federation
+
+
+def notices(federation: Federation) -> list[str]:
+    """Sentences about rows that were cut, clients that were left out, and labels that nobody trains on."""
+    config, index, rows = federation.config, federation.index, federation.rows
+    found = []
+    if index.left_out_clients:
+        found.append(
+            f"{index.left_out_clients} clients with {index.left_out_rows} rows are left out: they have fewer than "
+            f"partition.min_rows = {config.partition.min_rows} rows."
+        )
+    if rows.truncated:
+        reason = (
+            f"client.max_length = {config.client.max_length} tokens"
+            if federation.max_length == config.client.max_length
+            else f"the {federation.max_length} tokens that the backbone can read"
+        )
+        found.append(f"{rows.truncated} of {len(rows)} rows are cut to {reason}.")
+    unseen = untrained_labels(federation.dataset.rows, index, federation.schema)
+    if unseen:
+        found.append(
+            f"No training client has a training row with label {', '.join(map(repr, unseen))}: the model cannot learn "
+            "what it is asked in evaluation. Bring more rows of it, or choose another seed or partition."
+        )
+    return found

@@ -1,0 +1,130 @@
+"""What a finished run leaves: its adapter, its ledger, generated samples, and the summary last of all."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.metadata import version
+from typing import Any
+
+from safetensors.torch import load_file
+
+from fedlora import __version__
+from fedlora.adapters import Adapter
+from fedlora.client import worker_for
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.export import export_adapter, export_merged
+from simulations import checkpoint
+from simulations.memory import measured_peak
+from simulations.rounds import FederatedRun
+from simulations.run_folder import RunFolder, write_atomically
+from simulations.target import cost_of_target
+
+PACKAGES = ("torch", "transformers", "peft", "flwr", "opacus", "ray", "hydra-core")
+EVALUATED = ("round", "metrics", "clients", "unseen_clients")
+
+
+def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
+    """Write what a finished run leaves: adapter, ledger, and the summary last."""
+    folder, config = run.folder, run.config
+    head = run.worker.model.head
+    rounds = folder.read_rounds()
+    last = rounds[-1]
+    if run.ours is None or run.ours.evaluation == "global":
+        correction = run.ours.base_correction() if run.ours is not None else {}
+        run.evaluator.load(run.state, run.ours)
+        head_state = run.worker.model.read(head)
+        adapter_state = {key: value for key, value in run.state.items() if key not in head}
+        export_adapter(run.federation, folder.adapter, adapter_state, run.frozen, correction, head_state)
+        if merged:
+            export_merged(run.federation, folder.merged, adapter_state, run.frozen, correction, head_state)
+    run.ledger.write(folder.ledger_file)
+    errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
+    trained, target = max(run.rounds, 1), config.eval.target
+    totals = run.ledger.totals()
+    summary: dict[str, Any] = {
+        "method": config.method,
+        "label": label(config, run.federation.adapter, run.ours is None or run.ours.trains),
+        "seed": config.seed,
+        "rounds": run.rounds,
+        "main_metric": run.federation.task.main_metric,
+        "start": {key: rounds[0][key] for key in EVALUATED},
+        "final": {key: last[key] for key in EVALUATED},
+        "best": run.best,
+        "totals": totals,
+        "per_round": {
+            key: totals[key] / trained for key in ("payload_up", "payload_down", "message_up", "message_down")
+        },
+        "communicates": run.ours is None or run.ours.communicates,
+        "aggregation_error": {"max": max(errors), "last": errors[-1]} if errors else None,
+        "target": None if target is None else cost_of_target(rounds, run.federation.task.main_metric, target),
+        "samples": _samples(run),
+        "memory": {"peak_bytes": measured_peak()},
+        "failures": sum(len(record["failures"]) for record in rounds),
+        "seconds": {**_phases(rounds), "total": round(seconds, 3)},
+        "clients": {
+            "population": len(run.federation.clients),
+            "unseen": len(run.federation.index.unseen),
+            "evaluated": len(run.evaluator.panel),
+            "left_out": run.federation.index.left_out_clients,
+        },
+        "versions": {"fedlora": __version__, **{name: version(name) for name in PACKAGES}},
+    }
+    run.folder.store.collect()
+    write_atomically(folder.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    checkpoint.remove(folder.checkpoint)
+    return summary
+
+
+def _samples(run: FederatedRun) -> list[dict[str, str]]:
+    """Generated answers to the first test rows: the untouched backbone's (``before``) and the final model's."""
+    task, rows = run.federation.task, run.evaluator.test[: run.config.eval.samples]
+    if len(rows) == 0 or (run.ours is not None and run.ours.evaluation != "global"):
+        return []
+
+    def written() -> list[dict[str, str]]:
+        found = [task.sample(run.worker.model.module, run.federation.rows, int(row)) for row in rows]
+        return [sample for sample in found if sample is not None]
+
+    run.worker.reset()
+    before = written()
+    run.evaluator.load(run.state, run.ours)
+    return [{**after, "before": base["answer"]} for base, after in zip(before, written(), strict=True)]
+
+
+def label(config: Config, adapter: Adapter, trains: bool) -> str:
+    """The method with every choice that changes its numbers, as tables print it: ``fed_sb[gradient]``.
+
+    A strategy that is not ours names itself: ``FedMedian(lora)``.
+    """
+    target = str(config.strategy["_target_"])
+    if not target.startswith("strategies."):
+        return f"{target.replace(':', '.').rpartition('.')[2]}({adapter.label})"
+    return config.method + (adapter.label.removeprefix(adapter.config.name) if trains else "")
+
+
+def _phases(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    phases = rounds[0]["seconds"]
+    return {phase: round(math.fsum(record["seconds"][phase] for record in rounds), 3) for phase in phases}
+
+
+def merge_finished(config: Config, folder: RunFolder) -> None:
+    """Write the merged model of a finished run.
+
+    Raises:
+        InputError: the method leaves no single model.
+    """
+    worker = worker_for(config.model_dump_json(), str(folder.path))
+    native = folder.adapter / "fedlora_state.safetensors"
+    if not native.exists():
+        raise InputError(f"{folder.path}: method {config.method} leaves no single model that could be merged.")
+    tensors = load_file(native)
+    prefix = "base_model.model."
+    saved = load_file(folder.adapter / "adapter_model.safetensors")
+    head = {
+        key.removeprefix(prefix): value for key, value in saved.items() if key.removeprefix(prefix) in worker.model.head
+    }
+    path = folder.adapter / "base_correction.safetensors"
+    correction = load_file(path) if path.exists() else {}
+    export_merged(worker.federation, folder.merged, tensors, {}, correction, head)

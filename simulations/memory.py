@@ -1,0 +1,120 @@
+"""Memory of a run: predicted from one training and one evaluation step on the meta device, and measured afterwards."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from fedlora.federation import Federation
+from fedlora.model import AdaptedModel
+from fedlora.tasks import Batch
+from fedlora.training import training_mode
+
+# Bytes of a frozen weight: NF4 holds 4 bits and one fp32 scale for each block of 64 (Dettmers et al. 2023).
+BYTES_PER_WEIGHT = {"none": 4.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+MOMENTS = {"adamw": 2, "sgd": 0}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors alive at once; works on the meta device, where they take no memory."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """Ignore the storages of ``known`` (the weights)."""
+        super().__init__()
+        self._alive: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._alive.pop(key, 0)
+
+
+def weight_bytes(federation: Federation, model: AdaptedModel) -> int:
+    """Bytes of all weights in memory: fp32, or linear layers quantised."""
+    each = BYTES_PER_WEIGHT[federation.config.backbone.quantization]
+    head = {id(getattr(model.module, "get_output_embeddings", lambda: None)())}
+    quantised = [m for m in model.module.modules() if isinstance(m, nn.Linear) and id(m) not in head]
+    linear = sum(m.weight.numel() for m in quantised if not m.weight.requires_grad)
+    everything = sum(parameter.numel() for parameter in model.module.parameters())
+    return round(4.0 * (everything - linear) + each * linear)
+
+
+def step_bytes(federation: Federation, model: AdaptedModel) -> int:
+    """Most bytes alive in a local step on the longest training rows: activations, gradients and optimiser moments."""
+    settings = federation.config.client
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    rows = np.concatenate(list(federation.index.train.values()))
+    batch = _longest(federation, model, rows, settings.batch_size)
+    with LiveBytes(_tensors(model.module)) as live, training_mode(model.module, 0):
+        federation.task.loss(model.module, batch).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return live.peak + 4 * trainable * (1 + MOMENTS[settings.optimizer])
+
+
+def evaluation_bytes(federation: Federation, model: AdaptedModel) -> int:
+    """Most bytes alive while the longest evaluation rows go through the model."""
+    index, settings = federation.index, federation.config.eval
+    rows = np.concatenate([*index.validation.values(), *index.unseen.values(), *index.test.values()])
+    if len(rows) == 0:
+        return 0
+    batch = _longest(federation, model, rows, settings.batch_size)
+    with torch.no_grad(), LiveBytes(_tensors(model.module)) as live:
+        federation.task.loss(model.module, batch)
+    return live.peak
+
+
+def predicted_peak(federation: Federation, model: AdaptedModel) -> int:
+    """Peak resident memory of the process that runs the loop engine.
+
+    What this process holds already (the interpreter, the libraries, the data), the weights, and the larger of a
+    training and an evaluation step; while weights are read, the pages of their file count beside them.
+    """
+    weights = weight_bytes(federation, model)
+    working = max(step_bytes(federation, model), evaluation_bytes(federation, model), weights)
+    return psutil.Process().memory_info().rss + weights + working
+
+
+def measured_peak() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _longest(federation: Federation, model: AdaptedModel, rows: np.ndarray, size: int) -> Batch:
+    """The longest of ``rows`` as a batch on the device of ``model``, the meta device where it can be built there.
+
+    Without its attention mask, which transformers looks into: the same memory but for the mask itself.
+    """
+    longest = rows[np.argsort(federation.rows.lengths(rows), kind="stable")[-size:]]
+    batch = federation.task.collate(federation.rows, longest)
+    device = next(model.module.parameters()).device
+    return {name: values.to(device) for name, values in batch.items() if name != "attention_mask"}
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

@@ -1,0 +1,82 @@
+"""What an evaluation reports, against a direct computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora.client import Worker
+from fedlora.evaluation import row_statistics
+from fedlora.federation import Federation
+from fedlora.store import ClientStore
+from simulations.evaluator import Evaluator
+from simulations.simulate import start
+from tests.conftest import Compose
+from tests.fedlora.helpers import random_state
+
+
+def accuracy(worker: Worker, rows: np.ndarray) -> float:
+    federation = worker.federation
+    statistics = row_statistics(worker.model, federation.task, federation.rows, rows, 3)
+    return float((statistics["predicted"] == statistics["target"]).mean())
+
+
+def test_seen_rows_and_unseen_clients_are_reported_apart(tiny: Compose, tmp_path: Path) -> None:
+    worker = Worker(Federation(tiny("eval.max_rows=null")), ClientStore(tmp_path))
+    evaluator = Evaluator(worker, worker.seeded_frozen)
+    state = random_state(worker.model, worker.model.shared)
+    found = evaluator.evaluate(None, state, 1)
+    index = worker.federation.index
+    evaluator.load(state, None)
+    expected = {
+        "validation": np.concatenate(list(index.validation.values())),
+        "seen": np.concatenate([index.test[client] for client in evaluator.panel]),
+        "test": np.concatenate(list(index.unseen.values())),
+    }
+    for name, rows in expected.items():
+        assert found.metrics[f"{name}_accuracy"] == pytest.approx(accuracy(worker, rows))
+    for of_clients, owners in ((found.clients, evaluator.own_test), (found.unseen_clients, index.unseen)):
+        each = np.array([accuracy(worker, rows) for rows in owners.values() if len(rows)])
+        assert of_clients is not None
+        assert of_clients["mean"] == pytest.approx(each.mean())
+        assert of_clients["std"] == pytest.approx(each.std())
+        assert of_clients["worst"] == pytest.approx(each.min())
+    assert found.clients != found.unseen_clients
+
+
+def test_bounded_rows_bound_the_unseen_clients_too(tiny: Compose, tmp_path: Path) -> None:
+    worker = Worker(Federation(tiny("eval.max_rows=7")), ClientStore(tmp_path))
+    evaluator = Evaluator(worker, worker.seeded_frozen)
+    assert sum(len(rows) for rows in evaluator.unseen.values()) == len(evaluator.test) == 7
+
+
+def test_personal_models_have_no_unseen_clients(tiny: Compose, tmp_path: Path) -> None:
+    summary = start(tiny("method=local", "rounds=1"), tmp_path / "run")
+    assert summary["final"]["unseen_clients"] is None
+    assert "test_accuracy" not in summary["final"]["metrics"]
+    assert "seen_accuracy" in summary["final"]["metrics"]
+
+
+def test_calibration_is_reported_when_asked_for(tiny: Compose, tmp_path: Path) -> None:
+    asked = start(tiny("task.calibration=true", "rounds=1"), tmp_path / "asked")["final"]["metrics"]
+    assert 0 <= asked["test_ece"] <= 1
+    assert "test_ece" not in start(tiny("rounds=1"), tmp_path / "not")["final"]["metrics"]
+
+
+def test_another_main_metric_chooses_the_best_round(tiny: Compose, tmp_path: Path) -> None:
+    summary = start(tiny("task.metric=macro_f1"), tmp_path / "run")
+    assert summary["main_metric"] == "macro_f1"
+    assert 0 <= summary["best"]["clients"]["mean"] <= 1
+
+
+def test_samples_show_the_model_before_and_after_training(tiny_lm: Compose, tmp_path: Path) -> None:
+    learn = ("rounds=3", "client.local_epochs=6", "client.lr=3e-2", "cohort.size=null", "task.max_new_tokens=5")
+    samples = start(tiny_lm("method=fedit", "eval.samples=2", *learn), tmp_path / "run")["samples"]
+    assert len(samples) == 2
+    for sample in samples:
+        assert set(sample) == {"prompt", "reference", "before", "answer"}
+        assert "plus" in sample["prompt"]
+        assert "of course" in sample["reference"]
+        assert sample["answer"] != sample["before"]
