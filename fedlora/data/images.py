@@ -42,8 +42,8 @@ def imagefolder(data: DataConfig) -> pd.DataFrame:
             f"data.path = {data.path!r} is not a folder, and data=imagefolder reads one: "
             "data.path/class/file.png, or data.path/client/class/file.png."
         )
-    pictures = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    pictures = [path for path in pictures if not any(part.startswith(".") for part in path.parts)]
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
+    pictures = [path for file in files if not _hidden(path := file.relative_to(folder))]
     if not pictures:
         raise InputError(f"data.path = {data.path!r} holds no pictures ({', '.join(SUFFIXES)}). Correct data.path.")
     by_depth = {len(path.parts): path for path in pictures}
@@ -55,6 +55,10 @@ def imagefolder(data: DataConfig) -> pd.DataFrame:
         )
     table = pd.DataFrame({"image": [str(folder / path) for path in pictures], "label": [p.parts[-2] for p in pictures]})
     return table.assign(client=[path.parts[0] for path in pictures]) if 3 in by_depth else table
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def digits(data: DataConfig) -> pd.DataFrame:

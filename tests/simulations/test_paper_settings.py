@@ -6,6 +6,7 @@ The architectures have their true dimensions and live on the meta device; the ro
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import datasets
 import pandas as pd
 import pytest
 
+from fedlora.config import Config
+from fedlora.federation import Federation
 from simulations.compose import compose_config
 from simulations.plan import plan_run
 
@@ -39,8 +42,6 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 HEAD = 768 * 3 + 3
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-Plan = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(autouse=True)
 def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,67 +65,90 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def plan(rows: dict[str, Path], tiny_bert: Path) -> Plan:
-    """``fedlora plan experiment=...`` with the architecture instead of the hub model."""
+def compose(rows: dict[str, Path], tiny_bert: Path) -> Callable[..., Config]:
+    """``experiment=...`` with the architecture instead of the hub model, and a handful of rows."""
 
-    def planned(experiment: str, *overrides: str) -> dict[str, Any]:
+    def composed(experiment: str, *overrides: str) -> Config:
         architecture, settings = EXPERIMENTS[experiment]
-        return plan_run(compose_config([
+        return compose_config([
             f"experiment={experiment}", f"data.path={rows[experiment]}", "data.split.public_rows=2",
             "backbone=random", f"backbone.architecture={architecture}",
             *(f"backbone.settings.{key}={value}" for key, value in settings.items()),
             f"backbone.tokenizer={tiny_bert}", *overrides,
-        ]))  # fmt: skip
+        ])  # fmt: skip
 
-    return planned
+    return composed
 
 
-@pytest.mark.parametrize(
-    ("experiment", "clients", "modules", "ranks", "uploads"),
-    [
-        ("fed_sb_arithmetic_mistral", 25, 224, (120, 160, 200), (3_225_600, 5_734_400, 8_960_000)),
-        ("fed_sb_arithmetic_gemma", 25, 294, (120, 160, 200), (4_233_600, 7_526_400, 11_760_000)),
-        ("fed_sb_commonsense", 5, 196, (120, 160, 200), (2_822_400, 5_017_600, 7_840_000)),
-        ("fed_sb_snli", 3, 24, (32, 48, 64), (26_883, 57_603, 100_611)),
-    ],
-)
-def test_fed_sb_uploads_one_square_a_module_and_the_head_of_every_client_in_one_round(
-    experiment: str, clients: int, modules: int, ranks: tuple[int, ...], uploads: tuple[int, ...], plan: Plan
+FED_SB = [
+    ("fed_sb_arithmetic_mistral", 25, 224, (120, 160, 200), (3_225_600, 5_734_400, 8_960_000)),
+    ("fed_sb_arithmetic_gemma", 25, 294, (120, 160, 200), (4_233_600, 7_526_400, 11_760_000)),
+    ("fed_sb_commonsense", 5, 196, (120, 160, 200), (2_822_400, 5_017_600, 7_840_000)),
+    ("fed_sb_snli", 3, 24, (32, 48, 64), (26_883, 57_603, 100_611)),
+]
+BASELINES = [
+    ("fed_sb_arithmetic_mistral", "fedit", 83_886_080),
+    ("fed_sb_arithmetic_mistral", "ffa", 44_040_192),
+    ("fed_sb_arithmetic_gemma", "fedit", 108_036_096),
+    ("fed_sb_arithmetic_gemma", "ffa", 59_179_008),
+    ("fed_sb_commonsense", "fedit", 48_627_712),
+    ("fed_sb_commonsense", "ffa", 24_772_608),
+    ("fed_sb_snli", "fedit", 1_179_648 + HEAD),
+    ("fed_sb_snli", "ffa", 589_824 + HEAD),
+]
+
+
+def shared(config: Config) -> int:
+    """The parameters that a client sends, from the shapes alone."""
+    model = Federation(config).build_meta_model()
+    return sum(prod(shape) for shape in model.shapes(model.shared).values())
+
+
+@pytest.mark.parametrize(("experiment", "clients", "modules", "ranks", "uploads"), FED_SB)
+def test_fed_sb_shares_one_square_a_module_and_the_head(
+    experiment: str,
+    clients: int,
+    modules: int,
+    ranks: tuple[int, ...],
+    uploads: tuple[int, ...],
+    compose: Callable[..., Config],
 ) -> None:
     head = HEAD if experiment == "fed_sb_snli" else 0
     assert uploads == tuple(modules * rank**2 + head for rank in ranks)
-    for rank, upload in zip(ranks, uploads, strict=True):
-        planned = plan(experiment, f"adapter.rank={rank}")
-        assert planned["upload_params"] == planned["download_params"] == planned["trainable_params"] == upload
-        assert (planned["clients_per_round"], planned["rounds"]) == (clients, 1)
+    assert len(Federation(compose(experiment)).clients) == clients
+    assert uploads == tuple(shared(compose(experiment, f"adapter.rank={rank}")) for rank in ranks)
+
+
+@pytest.mark.parametrize(("experiment", "method", "upload"), BASELINES)
+def test_baselines_of_rank_32_share_what_the_paper_counts(
+    experiment: str, method: str, upload: int, compose: Callable[..., Config]
+) -> None:
+    assert shared(compose(experiment, f"method={method}", "adapter.rank=32", "adapter.alpha=16")) == upload
 
 
 @pytest.mark.parametrize(
-    ("experiment", "method", "upload"),
+    ("experiment", "clients", "rank", "upload", "setup"),
     [
-        ("fed_sb_arithmetic_mistral", "fedit", 83_886_080),
-        ("fed_sb_arithmetic_mistral", "ffa", 44_040_192),
-        ("fed_sb_arithmetic_gemma", "fedit", 108_036_096),
-        ("fed_sb_arithmetic_gemma", "ffa", 59_179_008),
-        ("fed_sb_commonsense", "fedit", 48_627_712),
-        ("fed_sb_commonsense", "ffa", 24_772_608),
-        ("fed_sb_snli", "fedit", 1_179_648 + HEAD),
-        ("fed_sb_snli", "ffa", 589_824 + HEAD),
+        ("fed_sb_snli", 3, 64, 100_611, 64 * 36_864),
+        ("fed_sb_arithmetic_mistral", 25, 200, 8_960_000, 524_288_000),
+        pytest.param("fed_sb_arithmetic_gemma", 25, 200, 11_760_000, 200 * 3_376_128, marks=pytest.mark.slow),
+        pytest.param("fed_sb_commonsense", 5, 200, 7_840_000, 200 * 54_272 * 28, marks=pytest.mark.slow),
     ],
 )
-def test_baselines_of_rank_32_upload_what_the_paper_counts(
-    experiment: str, method: str, upload: int, plan: Plan
+def test_the_plan_has_the_clients_of_the_paper_its_uploads_and_the_basis_sent_once(
+    experiment: str, clients: int, rank: int, upload: int, setup: int, compose: Callable[..., Config]
 ) -> None:
-    planned = plan(experiment, f"method={method}", "adapter.rank=32", "adapter.alpha=16")
-    assert planned["upload_params"] == upload
-    assert planned["setup_params"] == 0
+    planned = plan_run(compose(experiment, f"adapter.rank={rank}"))
+    assert planned["label"] == "fed_sb[gradient]"
+    assert (planned["clients_per_round"], planned["rounds"]) == (clients, 1)
+    assert planned["upload_params"] == planned["download_params"] == planned["trainable_params"] == upload
+    assert planned["setup_params"] == setup
+    assert planned["setup_bytes"] == 4 * clients * setup
 
 
-def test_the_gradient_basis_is_sent_once_and_the_others_not_at_all(plan: Plan) -> None:
-    broadcast = plan("fed_sb_arithmetic_mistral", "adapter.rank=200")
-    assert broadcast["setup_params"] == 200 * 2_621_440 == 524_288_000
-    assert broadcast["label"] == "fed_sb[gradient]"
-    assert plan("fed_sb_snli", "adapter.basis=weight")["setup_params"] == 0
+def test_other_bases_and_baselines_send_nothing_in_advance(compose: Callable[..., Config]) -> None:
+    for overrides in (["adapter.basis=weight"], ["method=ffa", "adapter.rank=32", "adapter.alpha=32"]):
+        assert plan_run(compose("fed_sb_snli", *overrides))["setup_params"] == 0
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ Every test writes a few rows with the columns and types that the data set has on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features
+from PIL import Image
 
 from fedlora.config import Config
 from fedlora.data.sources import load_rows
@@ -58,7 +59,6 @@ class Expected:
     folder: str = "."
     classes: tuple[str, ...] = ()
     kept: int = 40
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pair(first: str, second: str, classes: int) -> Callable[[int], Row]:
@@ -144,7 +144,11 @@ PRESETS = {
         task="multiple_choice", partition="iid", folder="pqa_labeled",
     ),
 }  # fmt: skip
-IMAGES = ("digits", "mnist", "fashion_mnist", "imagefolder")
+VIT = [
+    "backbone=random", "backbone.architecture=vit", "backbone.settings.image_size=8", "backbone.settings.patch_size=4",
+    "backbone.settings.num_channels=1", "backbone.settings.hidden_size=16", "backbone.settings.num_hidden_layers=1",
+    "backbone.settings.num_attention_heads=2", "backbone.settings.intermediate_size=32",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -276,3 +280,31 @@ def test_rows_of_a_file_serve_a_preset_too(tmp_path: Path, tiny_llama: Path) -> 
         )  # fmt: skip
         lengths.append(Federation(config).rows.lengths(np.arange(40)).tolist())
     assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize(("name", "count", "shared_pixels"), [("digits", 1797, True), ("mnist", 5000, False)])
+def test_pictures_become_pixels_of_the_size_that_the_model_reads(name: str, count: int, shared_pixels: bool) -> None:
+    config = compose_config([f"data={name}", *VIT])
+    federation = Federation(config)
+    assert (federation.task.name, config.partition.name) == ("image_classification", "dirichlet")
+    assert federation.rows.fixed["pixels"].shape == (count, 1, 8, 8)
+    assert federation.schema.labels == tuple("0123456789")
+    source = load_rows(config.data, federation.task.columns, federation.task.nested)["image"][0]
+    assert (source.shape == (8, 8)) == shared_pixels
+    if shared_pixels:
+        assert (federation.rows.fixed["pixels"][0, 0] == source).all()
+
+
+def test_a_folder_of_pictures_is_one_word_and_its_clients_another(tmp_path: Path) -> None:
+    for site in ("north", "south", "east", "west"):
+        for label in ("cat", "dog"):
+            for number in range(4):
+                path = tmp_path / site / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((9, 5), 10 * number, dtype=np.uint8)).save(path)
+    folder = ["data=imagefolder", f"data.path={tmp_path}", "cohort.size=2", *VIT]
+    natural = Federation(compose_config([*folder, "data.client=client", "partition=natural"]))
+    assert set(natural.clients) | set(natural.index.unseen) == {"north", "south", "east", "west"}
+    assert natural.schema.labels == ("cat", "dog")
+    drawn = Federation(compose_config([*folder, "partition.clients=4"]))
+    assert drawn.rows.fixed["pixels"].shape == (32, 1, 8, 8)

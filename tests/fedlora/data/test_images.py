@@ -114,6 +114,7 @@ def test_a_folder_of_classes_gives_sorted_paths_and_labels(tmp_path: Path) -> No
     for ignored in ("notes.txt", "dog/labels.csv", ".cache/x/thumbnail.png", "cat/.hidden.png"):
         (tmp_path / ignored).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / ignored).touch()
+    (tmp_path / "cat" / "folder.png").mkdir()
     rows = load("imagefolder", path=str(tmp_path))
     assert rows["image"].to_list() == [str(tmp_path / name) for name in ("cat/3.jpeg", "dog/1.JPG", "dog/2.png")]
     assert rows["label"].to_list() == ["cat", "dog", "dog"]
