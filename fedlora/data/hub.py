@@ -33,7 +33,8 @@ def hf(data: DataConfig) -> pd.DataFrame:
             if local.is_dir()
             else "a local file or folder, or a dataset of the hub that can be reached"
         )
-        raise InputError(f"data.path = {path!r} is not {kind}: {first_line(error)}.") from error
+        remedy = "Correct data.path" if local.is_dir() else "Correct data.path, or set it to a local copy"
+        raise InputError(f"data.path = {path!r} is not {kind}: {first_line(error)}. {remedy}.") from error
     if isinstance(found, datasets.DatasetDict):
         found = found[_split(data, [str(name) for name in found])]
     table: Any = found.to_pandas()
