@@ -24,10 +24,12 @@ class CausalLMConfig(TaskConfig):
     Attributes:
         chat: whether a prompt and its completion go through the tokenizer's chat template, as one user and one
             assistant turn; ``auto``: if the tokenizer has one. Rows of ``data.messages`` always do.
+        separator: what stands between prompt and completion where no chat template does.
         max_new_tokens: the longest answer that is generated.
     """
 
     chat: Literal["auto"] | bool = "auto"
+    separator: str = " "
     max_new_tokens: int = Field(default=64, ge=1)
 
 
@@ -60,7 +62,7 @@ class CausalLM(Task):
         A prompt too long to leave room is cut from its left, so that the answer is kept.
         """
         pieces = self._dialogues(rows) if self._uses_chat(rows) else self._completions(rows)
-        ids, labels, truncated = [], [], 0
+        ids, labels, longer = [], [], set()
         for number, (tokens, answer) in zip(rows.index, pieces, strict=True):
             if not any(answer):
                 raise InputError(
@@ -68,10 +70,11 @@ class CausalLM(Task):
                     "(data.label, or the assistant turns of data.messages) is empty after the template."
                 )
             cut = fit(answer, max_length)
-            truncated += len(tokens) > max_length
+            if len(tokens) > max_length:
+                longer.add(number)
             ids.append(tokens[cut])
             labels.append([t if learn else IGNORED for t, learn in zip(tokens[cut], answer[cut], strict=True)])
-        return EncodedRows.from_lists({"input_ids": ids, "labels": labels}, {}, truncated)
+        return EncodedRows.from_lists({"input_ids": ids, "labels": labels}, {}, truncated=len(longer))
 
     def _uses_chat(self, rows: pd.DataFrame) -> bool:
         if "messages" in rows:
@@ -94,7 +97,8 @@ class CausalLM(Task):
     def _completions(self, rows: pd.DataFrame) -> list[tuple[list[int], list[bool]]]:
         end: Any = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         prompts: Any = self.tokenizer(plain_text(rows, "text"), add_special_tokens=True)["input_ids"]
-        answers: Any = self.tokenizer(plain_text(rows, "label"), add_special_tokens=False)["input_ids"]
+        texts = [self.settings.separator + text if text.strip() else "" for text in plain_text(rows, "label")]
+        answers: Any = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         pieces = []
         for prompt, answer in zip(prompts, answers, strict=True):
             start = prompt or end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -72,10 +72,7 @@ class MultipleChoice(CausalLM):
         number = np.concatenate([np.arange(count) for count in counts])
         texts = [choice for choices, _ in resolved for choice in choices]
         prompts = plain_text(rows, "text")
-        between = "" if self._uses_chat(rows) else cast(MultipleChoiceConfig, self.config).separator
-        pairs = pd.DataFrame(
-            {"text": [prompts[row] for row in owner], "label": [between + text for text in texts]}, index=owner
-        )
+        pairs = pd.DataFrame({"text": [prompts[row] for row in owner], "label": texts}, index=owner)
         encoded = super().encode(pairs, schema, max_length)
         lengths = encoded.lengths(np.arange(len(encoded)))
         characters = np.ones((len(rows), counts.max()), dtype=np.int64)

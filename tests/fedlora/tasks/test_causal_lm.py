@@ -137,10 +137,17 @@ def test_a_row_of_exactly_the_allowed_length_is_not_cut(task: Task, rows: Encode
     assert task.encode(frame(), Schema(), longest - 1).truncated == 1
 
 
+def test_the_separator_stands_between_prompt_and_completion(tiny_llama: Path):
+    task = task_on(tiny_llama, "causal_lm", separator=" answer : ")
+    rows = task.encode(frame(), Schema(), 64)
+    assert task.tokenizer.decode(answer(rows, 1)) == "answer : none"
+
+
+@pytest.mark.parametrize("empty", ["", " "])
 @pytest.mark.parametrize("ends", [False, True])
-def test_an_empty_completion_is_refused_with_its_row(task: Task, ending: Task, ends: bool):
+def test_an_empty_completion_is_refused_with_its_row(task: Task, ending: Task, ends: bool, empty: str):
     with pytest.raises(InputError, match=r"Row 2 has no answer tokens.*data\.label"):
-        (ending if ends else task).encode(frame(completions=["fine", "", "fine"]), Schema(), 32)
+        (ending if ends else task).encode(frame(completions=["fine", empty, "fine"]), Schema(), 32)
 
 
 def test_a_completion_may_be_a_number(task: Task):
