@@ -24,12 +24,13 @@ from fedlora.errors import FedloraError
 from fedlora.federation import Federation
 from fedlora.grid import error_reply
 from fedlora.model import AdaptedModel
+from fedlora.ranks import crop, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
 from fedlora.store import ClientRecord, ClientStore
 from fedlora.training import train_steps
 
-KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction"}
+KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart"}
 
 
 class Result(NamedTuple):
@@ -50,6 +51,7 @@ class Worker:
         self.initial: State = self.model.read(self.model.trainable)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+        self._layouts: dict[int | None, wire.Layout] = {}
 
     def handle(self, message: Message) -> Message:
         """Train the client that ``message`` addresses and reply with its shared tensors and metrics."""
@@ -65,19 +67,33 @@ class Worker:
         record = self.store.read(client, server_round)
         references = self._receive(record.references, content)
         self._prepare(record, references)
-        shared = self.model.shared
+        restart = bool(instructions.get("restart", False))
+        if restart:
+            self.model.initialise(derive_seed(self.federation.config.seed, "restart", server_round, client))
+        layout, dtype = self.layout(client), self.federation.config.wire.dtype
         if not personal:
-            layout = self.model.shapes(shared)
-            self.model.load(wire.unpack(content.array_records["arrays"], layout, self.federation.config.wire.dtype))
-        result = self.train(pool or [client], server_round, client, record.optimizer)
+            sent = {key: shape for key, shape in layout.items() if not restart or key in self.model.head}
+            if sent:
+                state = wire.unpack(content.array_records["arrays"], sent, dtype)
+                self.model.load(pad(state, self.model.shapes(sent)))
+        self.model.narrow(self.federation.rank_of(client))
+        moments = {} if restart else record.optimizer
+        result = self.train(pool or [client], server_round, client, moments)
 
         kept = self.model.trainable if personal else self.model.private
         if kept or references or result.moments:
             self.store.write(client, server_round, ClientRecord(self.model.read(kept), references, result.moments))
         reply = RecordDict({"metrics": MetricRecord({"num-examples": result.examples, "train_loss": result.loss})})
         if not personal:
-            reply["arrays"] = wire.pack(self.model.read(shared), self.federation.config.wire.dtype)
+            reply["arrays"] = wire.pack(crop(self.model.read(layout), layout), dtype)
         return Message(reply, reply_to=message)
+
+    def layout(self, client: str) -> wire.Layout:
+        """Names and shapes of what travels to and from ``client``."""
+        rank = self.federation.rank_of(client)
+        if rank not in self._layouts:
+            self._layouts[rank] = self.model.layout(rank)
+        return self._layouts[rank]
 
     def reset(self) -> None:
         """Put the model back to its seeded start, whatever it was used for before."""

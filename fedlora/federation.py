@@ -112,6 +112,17 @@ class Federation:
         """Training clients, sorted by id."""
         return self.index.clients
 
+    def rank_of(self, client: str) -> int | None:
+        """The rank of ``client`` by ``adapter.client_ranks``; ``None`` where it is that of the adapter."""
+        ranks = self.adapter.client_ranks
+        if ranks is None or client not in self._positions:
+            return None
+        return ranks[self._positions[client] % len(ranks)]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {client: position for position, client in enumerate(self.clients)}
+
     @cached_property
     def rows(self) -> EncodedRows:
         """All rows as arrays."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -20,6 +21,7 @@ from torch import Tensor
 from fedlora import wire
 from fedlora.errors import FedloraError
 from fedlora.ledger import Entry, Ledger
+from fedlora.ranks import crop
 
 CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
 
@@ -137,24 +139,27 @@ class GridLayer(ClientGrid):
 class CodecGrid(GridLayer):
     """Packs arrays into one buffer of the wire dtype, and checks and unpacks what comes back.
 
-    A reply that does not fit the layout or holds a number that is not finite becomes an error of that client.
+    A reply that does not fit the layout or holds a number that is not finite becomes an error of that client. A client
+    of smaller rank gets, and gives, the leading part of every factor.
     """
 
-    def __init__(self, inner: ClientGrid, layout: wire.Layout, dtype: str) -> None:
+    def __init__(self, inner: ClientGrid, layout: Callable[[str], wire.Layout], dtype: str) -> None:
+        """``layout`` gives names and shapes of what travels to and from a client."""
         super().__init__(inner)
         self.layout = layout
         self.dtype = dtype
-        self._packed: tuple[ArrayRecord, ArrayRecord] | None = None
+        self._packed: tuple[ArrayRecord, dict[tuple[Any, ...], ArrayRecord]] | None = None
         self._sent = 0
 
     def down(self, request: Message) -> Message:
-        """Pack the arrays (once for a broadcast) and address the message to its client."""
+        """Pack the arrays (once for all clients with the same layout) and address the message to its client."""
         content = RecordDict()
+        client = self.client_of(request.metadata.dst_node_id)
         for name, record in request.content.items():
             if isinstance(record, ArrayRecord):
-                record = self._pack(record, name)
+                record = self._pack(record, self.layout(client)) if name == "arrays" else _packed_fp32(record)
             content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
-        content.config_records["config"]["client-id"] = self.client_of(request.metadata.dst_node_id)
+        content.config_records["config"]["client-id"] = client
         packed = Message(content, request.metadata.dst_node_id, request.metadata.message_type)
         self._sent += 1
         for message in (request, packed):
@@ -169,29 +174,32 @@ class CodecGrid(GridLayer):
         try:
             _check_metrics(content)
             if "arrays" in request.content or "arrays" in content:
-                content["arrays"] = wire.to_record(self._unpack(content))
+                content["arrays"] = wire.to_record(self._unpack(content, self.client_of(request.metadata.dst_node_id)))
         except FedloraError as error:
             return error_reply(request, f"refused reply: {error}")
         return Message(content, reply_to=request)
 
-    def _unpack(self, content: RecordDict) -> dict[str, Tensor]:
+    def _unpack(self, content: RecordDict, client: str) -> dict[str, Tensor]:
         record = content.array_records.get("arrays")
         if record is None:
             raise FedloraError("it holds no arrays")
-        state = wire.unpack(record, self.layout, self.dtype)
+        state = wire.unpack(record, self.layout(client), self.dtype)
         broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
         if broken:
             raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
         return state
 
-    def _pack(self, record: ArrayRecord, name: str) -> ArrayRecord:
+    def _pack(self, record: ArrayRecord, layout: wire.Layout) -> ArrayRecord:
         if self._packed is None or self._packed[0] is not record:
-            dtype = self.dtype if name == "arrays" else "fp32"
-            packed = wire.pack(wire.from_record(record), dtype)
-            if name != "arrays":
-                return packed
-            self._packed = (record, packed)
-        return self._packed[1]
+            self._packed = (record, {})
+        packed, key = self._packed[1], tuple(layout.values())
+        if key not in packed:
+            packed[key] = wire.pack(crop(wire.from_record(record), layout), self.dtype)
+        return packed[key]
+
+
+def _packed_fp32(record: ArrayRecord) -> ArrayRecord:
+    return wire.pack(wire.from_record(record), "fp32")
 
 
 def _check_metrics(content: RecordDict) -> None:

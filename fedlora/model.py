@@ -17,6 +17,7 @@ from fedlora.adapters.injection import inject
 from fedlora.adapters.probe import measured_delta
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
+from fedlora.ranks import crop, cut_shapes, pad
 
 
 class AdaptedModel:
@@ -147,6 +148,17 @@ class AdaptedModel:
     def shapes(self, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of ``keys``; works on the meta device."""
         return {key: tuple(self._tensors[key].shape) for key in keys}
+
+    def layout(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what travels to and from a client of ``rank`` (``None``: the rank of the model)."""
+        return cut_shapes(self.shapes(self.shared), rank)
+
+    def narrow(self, rank: int | None) -> None:
+        """Make the model that of a client of ``rank``: all further components of its factors become zero."""
+        if rank is not None:
+            factors = [key for key in self.trainable if key not in self.head]
+            shapes = self.shapes(factors)
+            self.load(pad(crop(self.read(factors), cut_shapes(shapes, rank)), shapes))
 
     def set_base_correction(self, corrections: Mapping[str, Tensor]) -> None:
         """Add a full-rank fp32 correction ``{module: [m, n]}`` beside the frozen weights (empty: none).

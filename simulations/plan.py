@@ -27,6 +27,7 @@ from fedlora.grid import node_of
 from fedlora.ledger import TOTALS
 from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
+from fedlora.ranks import crop
 from fedlora.training import steps_for
 from simulations.compose import CONF, options
 from simulations.finish import label
@@ -98,23 +99,26 @@ def _traffic(
         sums: dict[str, int] = defaultdict(int)
         replies = []
         for client, count, share in zip(chosen, examples, weights(examples, "examples"), strict=True):
+            layout = model.layout(federation.rank_of(client))
             out = ours.send(client, server_round, shared) if counted and ours is not None else Outgoing(shared)
+            sent, answer = crop(out.state, layout), crop(shared, layout)
             correction = out.correction.tensors() if out.correction is not None else {}
             header = out.correction.header() if out.correction is not None else None
-            down = _numbers(out.state) * itemsize
+            down = _numbers(sent) * itemsize
             extra = _numbers(correction) * FP32
             once = setup if federation.adapter.broadcast_frozen and client not in delivered else 0
             delivered.add(client)
-            up = _numbers(shared) * itemsize
+            up = _numbers(answer) * itemsize
             sums["payload_down"] += down + extra
-            sums["params_down"] += _numbers(out.state) + _numbers(correction)
+            sums["params_down"] += _numbers(sent) + _numbers(correction)
             sums["setup_bytes"] += once
             sums["payload_up"] += up
             sums["message_down"] += _message_down(
-                node_of(client), client, server_round, config.wire.dtype, down, extra, once, header
-            )
+                node_of(client), client, server_round, config.wire.dtype, down, extra, once, header,
+                tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in out.instructions.items()),
+            )  # fmt: skip
             sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up)
-            replies.append(Reply(client, shared, count, share, 0.0))
+            replies.append(Reply(client, answer, count, share, 0.0))
         if not counted:
             sums = defaultdict(int)
         elif ours is not None:
@@ -132,11 +136,13 @@ def _numbers(state: Mapping[str, torch.Tensor]) -> int:
 
 @lru_cache(maxsize=4096)
 def _message_down(
-    node: int, client: str, server_round: int, dtype: str, arrays: int, correction: int, setup: int, header: str | None
-) -> int:
+    node: int, client: str, server_round: int, dtype: str, arrays: int, correction: int, setup: int, header: str | None,
+    more: tuple[tuple[str, Any], ...],
+) -> int:  # fmt: skip
     """Length of the message to a client, from a message with as many bytes."""
-    content = RecordDict({"arrays": _blank(dtype, arrays)})
+    content = RecordDict({"arrays": _blank(dtype, arrays)} if arrays else {})
     instructions: dict[str, Any] = {"server-round": server_round}
+    instructions |= {key: list(value) if isinstance(value, tuple) else value for key, value in more}
     if header is not None:
         content["correction"] = _blank("fp32", correction)
         instructions["correction"] = header

@@ -71,7 +71,7 @@ class FederatedRun:
         setup = self.frozen if self.federation.adapter.broadcast_frozen else {}
         setup_grid = SetupGrid(grid, setup, self._delivered)
         self._delivered = setup_grid.delivered
-        return CodecGrid(setup_grid, self.worker.model.shapes(self.worker.model.shared), self.config.wire.dtype)
+        return CodecGrid(setup_grid, self.worker.layout, self.config.wire.dtype)
 
     def run(self, engine: ClientGrid) -> None:
         """Run all rounds that are left.

@@ -5,15 +5,19 @@ from strategies.base import FederatedStrategy, Outgoing, Reply, weighted_mean
 from strategies.central import Central
 from strategies.fedex import FedEx
 from strategies.fedit import FedIT
+from strategies.flexlora import FlexLoRA
+from strategies.flora import FLoRA
 from strategies.local import Local
 from strategies.zero_shot import ZeroShot
 
 __all__ = [
     "Average",
     "Central",
+    "FLoRA",
     "FedEx",
     "FedIT",
     "FederatedStrategy",
+    "FlexLoRA",
     "Local",
     "Outgoing",
     "Reply",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedlora import wire
 from fedlora.adapters import State
+from fedlora.adapters.lora import Lora
 from fedlora.correction import CorrectionUpdate
 from fedlora.errors import InputError
 from fedlora.grid import ClientGrid
@@ -68,12 +69,15 @@ class FederatedStrategy(Strategy):
         trains: whether there are rounds at all.
         evaluation: which model is evaluated: the one ``global`` model, each client's ``personal`` one, or the answer
             that needs no training (``zero_shot``).
+        client_ranks: whether clients may have LoRA factors of different rank (``adapter.client_ranks``); their replies
+            then hold factors of that rank.
     """
 
     exact: ClassVar[bool | None] = False
     communicates: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
+    client_ranks: ClassVar[bool] = False
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
         if weighting not in ("examples", "uniform"):
@@ -205,10 +209,26 @@ def weights(examples: Sequence[int], weighting: str) -> list[float]:
     return [count / total for count in counts]
 
 
-def weighted_mean(replies: Sequence[Reply]) -> State:
-    """sum_k p_k theta_k of every shared tensor, summed in cohort order."""
-    total = {key: reply.weight * value for reply in replies[:1] for key, value in reply.state.items()}
-    for reply in replies[1:]:
-        for key, value in reply.state.items():
-            total[key] = total[key] + reply.weight * value
+def weighted_mean(replies: Sequence[Reply], keys: Iterable[str] | None = None) -> State:
+    """sum_k p_k theta_k of every shared tensor, or of ``keys``, summed in cohort order."""
+    total: State = {}
+    for key in replies[0].state if keys is None else keys:
+        total[key] = replies[0].weight * replies[0].state[key]
+        for reply in replies[1:]:
+            total[key] = total[key] + reply.weight * reply.state[key]
     return total
+
+
+def require_lora(model: AdaptedModel, strategy: str, why: str) -> Lora:
+    """The model's adapter, if it is LoRA with both factors trained.
+
+    Raises:
+        InputError: it is another one.
+    """
+    adapter = model.adapter
+    if type(adapter) is not Lora:  # FFA-LoRA is a Lora too, with one trained factor
+        raise InputError(
+            f"strategy={strategy} needs adapter=lora, not {adapter.label}: {why}. "
+            "For an affine adapter strategy=average is already exact."
+        )
+    return cast(Lora, adapter)

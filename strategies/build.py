@@ -58,6 +58,11 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
         strategy = strategy_class(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"strategy '{target}' refuses its settings: {error}") from error
+    if model.adapter.client_ranks is not None and not getattr(strategy_class, "client_ranks", False):
+        raise InputError(
+            f"adapter.client_ranks gives clients different ranks, which {strategy_class.__name__} cannot aggregate. "
+            "Use strategy=flora (exact) or strategy=flexlora, or adapter.client_ranks=null."
+        )
     if isinstance(strategy, FederatedStrategy):
         strategy.prepare(model)
     return strategy

@@ -14,6 +14,7 @@ class ZeroShot(FederatedStrategy):
 
     exact: ClassVar[bool | None] = None
     communicates: ClassVar[bool] = False
+    client_ranks: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "zero_shot"
 

@@ -71,6 +71,11 @@ class Adapter(ABC):
         return False
 
     @property
+    def client_ranks(self) -> tuple[int, ...] | None:
+        """Ranks of the clients, in turn, where they differ; see :mod:`fedlora.ranks`."""
+        return None
+
+    @property
     def needs_public_sample(self) -> bool:
         """Whether :meth:`initialise` on the server needs gradients of a server-held public sample."""
         return False

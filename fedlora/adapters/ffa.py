@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapters.base import register
+from fedlora.adapters.factored import LowRankConfig
 from fedlora.adapters.lora import Lora
 
 
@@ -10,5 +11,6 @@ from fedlora.adapters.lora import Lora
 class FrozenALora(Lora):
     """dW = s B A is linear in B, so averaging B is exact. A is seeded per layer and costs no bytes."""
 
+    Config = LowRankConfig
     affine = True
     trained = ("lora_B",)

@@ -28,6 +28,8 @@ CASES = {
     "local": ["method=local"],
     "private head": ["method=ffa", "adapter.head=private"],
     "FedAdam": ["strategy._target_=flwr.serverapp.strategy.FedAdam"],
+    "flora": ["method=flora", "adapter.client_ranks=[4,2,1]", "adapter.head=private"],
+    "flexlora": ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
     "every two rounds": ["method=fedex", "checkpoint.every=2"],
 }
 

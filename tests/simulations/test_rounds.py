@@ -17,7 +17,7 @@ from simulations.simulate import start
 from tests.conftest import Compose
 
 METHODS = options("method")
-FEDERATED = ["fedit", "ffa", "fedex", "fed_sb"]
+FEDERATED = ["fedit", "ffa", "fedex", "fed_sb", "flora", "flexlora"]
 COUNTS = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
 
 
@@ -60,7 +60,7 @@ def test_every_method_trains_a_language_model(tiny_lm: Compose, tmp_path: Path, 
         assert last["metrics"]["validation_perplexity"] > 1.0
 
 
-@pytest.mark.parametrize("method", ["fedit", "ffa", "fedex", "fed_sb"])
+@pytest.mark.parametrize("method", FEDERATED)
 def test_federated_methods_learn_what_one_word_says(tiny: Compose, tmp_path: Path, method: str) -> None:
     learn = ["rounds=6", "eval.every=6", "cohort.size=null", "client.local_epochs=4", "client.lr=2e-2"]
     start(tiny(f"method={method}", *learn), tmp_path / "run")
@@ -78,6 +78,9 @@ def test_federated_methods_learn_what_one_word_says(tiny: Compose, tmp_path: Pat
         ["method=fedex", "adapter.head=frozen", "rounds=6", "cohort.size=2"],
         ["method=fedex", "adapter.rank=1", "rounds=8", "cohort.size=2", "wire.dtype=fp16"],
         ["method=ffa", "cohort.size=null"],
+        ["method=flora", "adapter.client_ranks=[4,2,1]", "cohort.size=2", "rounds=6"],
+        ["method=flora", "adapter.head=private", "wire.dtype=bf16"],
+        ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
         ["strategy._target_=flwr.serverapp.strategy.FedAvg"],
     ],
     ids=" ".join,
@@ -99,7 +102,7 @@ def test_plan_equals_ledger_when_nobody_fails(tiny: Compose, tmp_path: Path, ove
 @pytest.mark.parametrize("method", FEDERATED)
 def test_measured_aggregation_error_keeps_the_promise_of_the_method(tiny: Compose, tmp_path: Path, method: str) -> None:
     summary = start(tiny(f"method={method}", "client.lr=1e-2"), tmp_path / "run")
-    if method == "fedit":
+    if method in ("fedit", "flexlora"):
         assert summary["aggregation_error"]["max"] > 1e-4
     else:
         assert summary["aggregation_error"]["max"] <= 1e-6

@@ -16,7 +16,7 @@ from fedlora.grid import error_reply
 from fedlora.lowrank import relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.engines.loop import LoopGrid
-from strategies import Average, FederatedStrategy, FedEx, FedIT
+from strategies import Average, FederatedStrategy, FedEx, FedIT, FlexLoRA, FLoRA
 from strategies.base import Reply, weights
 from tests.conftest import Compose
 
@@ -25,6 +25,8 @@ RECTANGULAR = "adapter.target_modules=[query,intermediate.dense,output.dense]"
 CASES = {
     "fedit": (FedIT, "method=fedit"),
     "fedex": (FedEx, "method=fedex"),
+    "flora": (FLoRA, "method=flora"),
+    "flexlora": (FlexLoRA, "method=flexlora"),
     "ffa": (Average, "method=ffa"),
     "fed_sb[gradient]": (Average, "method=fed_sb"),
     "fed_sb[weight]": (Average, "method=fed_sb", "adapter.basis=weight"),
@@ -90,8 +92,9 @@ def test_fedex_residual_has_rank_at_most_k_minus_one_times_r(tiny: Compose) -> N
     assert {residual.rank for residual in strategy.residual().values()} == {(len(EXAMPLES) - 1) * 4}
 
 
-def test_fedex_base_correction_is_the_sum_of_all_rounds_residuals(tiny: Compose) -> None:
-    strategy, model = build(tiny, "fedex")
+@pytest.mark.parametrize("case", ["fedex", "flora"])
+def test_the_base_correction_is_the_sum_of_all_rounds_residuals(tiny: Compose, case: str) -> None:
+    strategy, model = build(tiny, case)
     total: dict[str, torch.Tensor] = {}
     for server_round in range(3):
         aggregation_error(strategy, model, random_states(model, server_round), "examples")
@@ -101,10 +104,11 @@ def test_fedex_base_correction_is_the_sum_of_all_rounds_residuals(tiny: Compose)
         torch.testing.assert_close(dense, total[module])
 
 
-def test_fedex_restored_from_its_state_goes_on_with_the_same_bits(tiny: Compose) -> None:
-    strategy, model = build(tiny, "fedex")
+@pytest.mark.parametrize("case", ["fedex", "flora"])
+def test_a_strategy_restored_from_its_state_goes_on_with_the_same_bits(tiny: Compose, case: str) -> None:
+    strategy, model = build(tiny, case)
     aggregation_error(strategy, model, random_states(model, 0), "examples")
-    restored, _ = build(tiny, "fedex")
+    restored, _ = build(tiny, case)
     restored.load_state_dict(strategy.state_dict())
     for one in (strategy, restored):
         aggregation_error(one, model, random_states(model, 1), "examples")
@@ -118,10 +122,14 @@ def test_average_refuses_an_adapter_that_is_not_affine(tiny: Compose) -> None:
         Average().prepare(federation.build_meta_model())
 
 
-def test_fedex_refuses_an_adapter_without_both_factors(tiny: Compose) -> None:
-    federation = Federation(tiny("method=ffa"))
-    with pytest.raises(InputError, match="strategy=fedex needs adapter=lora"):
-        FedEx().prepare(federation.build_meta_model())
+@pytest.mark.parametrize("strategy", [FedEx, FLoRA, FlexLoRA])
+@pytest.mark.parametrize("adapter", [["method=ffa"], ["method=fed_sb"], ["adapter=dora"]], ids=str)
+def test_strategies_of_products_refuse_an_adapter_without_both_factors(
+    tiny: Compose, strategy: type[FederatedStrategy], adapter: list[str]
+) -> None:
+    federation = Federation(tiny(*adapter))
+    with pytest.raises(InputError, match=f"strategy={strategy.__name__.lower()} needs adapter=lora"):
+        strategy().prepare(federation.build_meta_model())
 
 
 def exchange(strategy: FederatedStrategy, failing: set[str]) -> tuple[list[Message], list[Message]]:
