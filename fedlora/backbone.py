@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -75,6 +76,15 @@ class Backbone:
         return (
             f"backbone.path = '{self.path}'" if self.path else f"backbone.architecture = {self.settings.architecture}"
         )
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer; models of images have none."""
+        try:
+            self.tokenizer()
+        except InputError:
+            return False
+        return True
 
     @property
     def pad_id(self) -> int:
@@ -152,14 +162,16 @@ class Backbone:
             auto_class: a transformers auto class, or a class with the same ``from_pretrained`` and ``from_config``.
             seed: the seed of the run.
             quantized: whether to apply ``backbone.quantization``.
-            heads: modules that are never quantised because they are trained.
+            heads: modules of the task head: never quantised, and drawn anew where the checkpoint's have other shapes.
             overrides: configuration values of the model.
 
         Raises:
             InputError: the weights cannot be read, or the architecture cannot do what the settings ask.
         """
         config = self.config(**overrides)
+        self._require_memory(auto_class, quantized, overrides)
         options: dict[str, Any] = {"dtype": torch.float32}
+        loaded: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # of the head only
         if self.settings.attention is not None:
             options["attn_implementation"] = self.settings.attention
         if quantized and self.settings.quantization != "none":
@@ -171,17 +183,37 @@ class Backbone:
                     if self.path is None:
                         model = auto_class.from_config(config, **options)
                     else:
-                        model = auto_class.from_pretrained(self.path, config=config, **options)
+                        model, report = auto_class.from_pretrained(self.path, config=config, **options, **loaded)
+                        self._check_shapes(report, tuple(heads))
             except (OSError, ValueError, ImportError) as error:
                 raise InputError(f"{self.described} does not load: {_first_line(error)}") from error
         for layer in model.modules():
-            if hasattr(
-                layer, "support_avx512bf16_for_cpu"
-            ):  # else a forward pass in bf16 repacks 4-bit weights in place
-                layer.support_avx512bf16_for_cpu = False
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False  # else a forward pass in bf16 repacks 4-bit weights in place
         if self.settings.gradient_checkpointing:
             _checkpoint_gradients(model, self.described)
         return model.eval().requires_grad_(False)
+
+    def _require_memory(self, auto_class: Any, quantized: bool, overrides: dict[str, Any]) -> None:
+        """Refuse weights that do not fit this machine; models are held whole by one process."""
+        each = BYTES_PER_WEIGHT[self.settings.quantization if quantized else "none"]
+        needed = each * sum(parameter.numel() for parameter in self.meta(auto_class, **overrides).parameters())
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise InputError(
+                f"{self.described} needs {needed / 1e9:.1f} GB for its weights and this machine has "
+                f"{available / 1e9:.1f} GB free. A backbone is held whole by one process (there is no device_map). Use "
+                "backbone.quantization=int8 or nf4, a smaller backbone or a larger machine; 'fedlora plan' needs no "
+                "weights and works here."
+            )
+
+    def _check_shapes(self, report: dict[str, Any], heads: tuple[str, ...]) -> None:
+        wrong = sorted(str(key) for key, *_ in report["mismatched_keys"] if not str(key).startswith(heads))
+        if wrong:
+            raise InputError(
+                f"{self.described}: the weights do not fit their own configuration ({', '.join(wrong[:3])} have other "
+                "shapes). Give a folder whose config.json belongs to its weights."
+            )
 
     def meta(self, auto_class: Any, **overrides: Any) -> nn.Module:
         """Build the model on the meta device from its configuration alone: shapes without weights."""
@@ -189,6 +221,9 @@ class Backbone:
             model = auto_class.from_config(self.config(**overrides))
         return model.eval().requires_grad_(False)
 
+
+BYTES_PER_WEIGHT = {"none": 4.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Memory of a frozen weight; NF4 holds 4 bits and one fp32 scale for each block of 64 (Dettmers et al. 2023)."""
 
 # Families that transformers can dress as decoders although their weights never learned to continue a text.
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert", "roformer", "rembert", "megatron-bert"})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.config import nearest
 from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
@@ -34,7 +35,7 @@ def row_statistics(
 
 def client_metrics(task: Task, statistics: Mapping[str, Statistics]) -> dict[str, float]:
     """The main metric over clients: mean, standard deviation, worst client, and mean of the worst tenth of clients."""
-    values = np.sort([task.metrics(of_client)[task.main_metric] for of_client in statistics.values()])
+    values = np.sort([main_value(task, task.metrics(of_client)) for of_client in statistics.values()])
     decile = max(1, round(len(values) / 10))
     return {
         "mean": float(values.mean()),
@@ -42,6 +43,20 @@ def client_metrics(task: Task, statistics: Mapping[str, Statistics]) -> dict[str
         "worst_decile": float(values[:decile].mean()),
         "worst": float(values[0]),
     }
+
+
+def main_value(task: Task, metrics: Mapping[str, float]) -> float:
+    """The main metric among ``metrics``.
+
+    Raises:
+        InputError: ``task.metric`` names none of them.
+    """
+    if task.main_metric not in metrics:
+        raise InputError(
+            f"task.metric = '{task.main_metric}' is no metric of this task on this data."
+            f"{nearest(task.main_metric, metrics)} Known: {', '.join(sorted(metrics))}."
+        )
+    return metrics[task.main_metric]
 
 
 def split_statistics(statistics: Statistics, sizes: Mapping[Group, int]) -> dict[Group, Statistics]:

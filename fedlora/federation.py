@@ -10,6 +10,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,9 +29,6 @@ from fedlora.evaluation import loss_gradients
 from fedlora.model import AdaptedModel
 from fedlora.seeding import numpy_rng
 from fedlora.tasks import Schema, Task, base, build_task
-
-ENCODING_VERSION = "2"
-"""Part of the cache key of encoded rows: raised when code outside the tasks' own files changes what they make."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,22 @@ def _encoded(data: str, partition: str, task: str, backbone: str, seed: int, max
     if "image" in rows:
         return work.encode(rows, dataset.schema, max_length)
     words = pd.DataFrame(
-        {name: values.map(repr) if values.dtype == object else values for name, values in rows.items()}
+        {name: values.map(_written) if values.dtype == object else values for name, values in rows.items()}
     )
     content = hash_pandas_object(words, index=False).to_numpy()
-    code = hashlib.blake2b(inspect.getsource(inspect.getmodule(type(work)) or base).encode()).hexdigest()
-    key = [ENCODING_VERSION, code, work.encoding_key, str(max_length), repr(dataset.schema), content.tobytes()]
+    key = [_code_of(work), work.encoding_key, str(max_length), repr(dataset.schema), content.tobytes()]
     return cached(key, lambda: work.encode(rows, dataset.schema, max_length))
+
+
+def _written(value: object) -> str:
+    """A cell as text that no other cell has; the text of a large array leaves out its middle."""
+    return repr(value.tolist() if isinstance(value, np.ndarray) else value)
+
+
+def _code_of(task: Task) -> str:
+    """A hash of the source of every task and of the module that defines this one."""
+    files = {*Path(base.__file__).parent.glob("*.py"), Path(inspect.getfile(type(task)))}
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 class Federation:
@@ -93,8 +101,8 @@ class Federation:
             config.backbone.model_dump_json(),
             config.seed,
         )
-        dataset = _dataset(*self._key)
-        self.index, self.schema = dataset.index, dataset.schema
+        self.dataset = _dataset(*self._key)
+        self.index, self.schema = self.dataset.index, self.dataset.schema
         size = config.cohort.size
         if size is not None and size > len(self.clients):
             raise InputError(
@@ -112,6 +120,11 @@ class Federation:
         """Training clients, sorted by id."""
         return self.index.clients
 
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens a row: ``client.max_length``, or what the backbone can read if that is less."""
+        return min(self.config.client.max_length, self.backbone.max_length() or self.config.client.max_length)
+
     def rank_of(self, client: str) -> int | None:
         """The rank of ``client`` by ``adapter.client_ranks``; ``None`` where it is that of the adapter."""
         ranks = self.adapter.client_ranks
@@ -126,7 +139,7 @@ class Federation:
     @cached_property
     def rows(self) -> EncodedRows:
         """All rows as arrays."""
-        return _encoded(*self._key, self.config.client.max_length)
+        return _encoded(*self._key, self.max_length)
 
     def build_model(self) -> AdaptedModel:
         """Load the backbone, inject the adapter and start it from the seed, without the gradient basis."""

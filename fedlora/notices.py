@@ -15,6 +15,9 @@ def notices(federation: Federation) -> list[str]:
             f"{index.left_out_clients} clients with {index.left_out_rows} rows are left out: they have fewer than "
             f"partition.min_rows = {config.partition.min_rows} rows."
         )
+    blank = federation.dataset.rows.attrs.get("left_out", 0)
+    if blank:
+        found.append(f"{blank} rows are left out: a template gives no text for them.")
     if rows.truncated:
         reason = (
             f"client.max_length = {config.client.max_length} tokens"

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlora.config import Config, load_config, nearest
 from fedlora.errors import InputError
+from fedlora.plugins import is_plugin_path
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OPEN_NODES = ("strategy.", "task.", "adapter.config.", "backbone.settings.")
@@ -24,13 +25,16 @@ HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 def prepare_overrides(overrides: Iterable[str]) -> list[str]:
     """Open the nodes that others check: any ``strategy.key=value`` or ``task.key=value`` may be new.
 
-    A ``strategy._target_`` means ``strategy=custom``.
+    A ``strategy._target_`` means ``strategy=custom``, and a ``task.name`` by path means ``task=custom``.
     """
     overrides = list(overrides)
     targeted = any(o.startswith("strategy._target_=") for o in overrides)
     chosen = any(o.startswith("strategy=") for o in overrides)
     opened = [f"++{o}" if o.startswith(OPEN_NODES) else o for o in overrides]
-    return ["strategy=custom", *opened] if targeted and not chosen else opened
+    if targeted and not chosen:
+        opened = ["strategy=custom", *opened]
+    named = any(o.startswith("task.name=") and is_plugin_path(o.partition("=")[2]) for o in overrides)
+    return ["task=custom", *opened] if named and not any(o.startswith("task=") for o in overrides) else opened
 
 
 def compose_config(overrides: Sequence[str]) -> Config:

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedlora.backbone import BYTES_PER_WEIGHT
 from fedlora.federation import Federation
 from fedlora.model import AdaptedModel
 from fedlora.tasks import Batch
 from fedlora.training import training_mode
 
-# Bytes of a frozen weight: NF4 holds 4 bits and one fp32 scale for each block of 64 (Dettmers et al. 2023).
-BYTES_PER_WEIGHT = {"none": 4.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 MOMENTS = {"adamw": 2, "sgd": 0}
 
 

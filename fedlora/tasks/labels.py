@@ -57,6 +57,7 @@ def class_statistics(logits: Tensor, batch: Batch) -> Statistics:
         "predicted": predicted.cpu().numpy(),
         "confidence": confidence.double().cpu().numpy(),
         "target": batch["target"].cpu().numpy(),
+        "classes": np.full(len(logits), logits.shape[-1]),
     }
 
 
@@ -69,7 +70,7 @@ def class_metrics(statistics: Statistics, calibration: bool) -> dict[str, float]
         "mcc": float(matthews_corrcoef(target, predicted)) if len(set(target)) > 1 else 0.0,
         "loss": float(statistics["loss"].mean()),
     }
-    if max(predicted.max(), target.max()) <= 1:
+    if statistics["classes"][0] == 2:
         metrics["f1"] = float(f1_score(target, predicted, average="binary", zero_division=0))  # pyright: ignore
     if calibration:
         metrics["ece"] = calibration_error(statistics["confidence"], predicted == target)
@@ -92,4 +93,5 @@ def majority(train: np.ndarray, asked: np.ndarray) -> Statistics:
         "predicted": np.full_like(asked, counts.argmax()),
         "confidence": np.full(len(asked), probability.max()),
         "target": asked,
+        "classes": np.full(len(asked), len(counts)),
     }

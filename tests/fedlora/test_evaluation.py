@@ -67,7 +67,12 @@ def test_no_rows_give_no_statistics(tiny):
 def answers(*correct: int) -> Statistics:
     """One row per argument: 1 is right, 0 is wrong."""
     predicted = np.array(correct)
-    return {"loss": np.zeros(len(correct)), "predicted": predicted, "target": np.ones_like(predicted)}
+    return {
+        "loss": np.zeros(len(correct)),
+        "predicted": predicted,
+        "target": np.ones_like(predicted),
+        "classes": 2 + 0 * predicted,
+    }
 
 
 def test_client_metrics_count_every_client_once_whatever_its_size(tiny):

@@ -13,6 +13,8 @@ from simulations.compose import CONF, compose_config
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 REQUIRED = {
+    "adapter/peft.yaml": ["adapter.config._target_=peft.MissConfig"],
+    "task/custom.yaml": ["task.name=./mine.py:Mine"],
     "strategy/custom.yaml": ["strategy._target_=flwr.serverapp.strategy.FedAvg"],
 }
 

@@ -71,13 +71,6 @@ def test_an_evaluation_step_needs_less_than_a_training_step_of_its_size(tiny: Co
 WORK = [
     "rounds=1", "cohort.size=1", "client.local_steps=1", "eval.max_rows=32", "eval.max_clients=1", "engine.threads=2",
 ]  # fmt: skip
-    "rounds=1",
-    "cohort.size=1",
-    "client.local_steps=1",
-    "eval.max_rows=32",
-    "eval.max_clients=1",
-    "engine.threads=2",
-]
 SIZES = {
     "demonstration": [],
     "large batches": ["client.batch_size=96", "client.max_length=128", "partition=iid", "partition.clients=30"],
