@@ -46,7 +46,7 @@ class AdaptedModel:
         heads = tuple(head_modules)
         injected = inject(module, adapter, heads, seed)
         adapter.check(injected.layers, injected.tensors)
-        self.module: nn.Module = injected.tuner.model
+        self.module: nn.Module = injected.tuner.model.eval()
         self.layers = injected.layers
         trained = tuple(key for key, tensor in injected.tensors.items() if adapter.trains(key, tensor))
         floating = {key: tensor for key, tensor in injected.tensors.items() if tensor.is_floating_point()}

@@ -115,7 +115,7 @@ def _traffic(
             sums["payload_up"] += up
             sums["message_down"] += _message_down(
                 node_of(client), client, server_round, config.wire.dtype, down, extra, once, header,
-                tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in out.instructions.items()),
+                _hashable(out.instructions),
             )  # fmt: skip
             sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up)
             replies.append(Reply(client, answer, count, share, 0.0))
@@ -132,6 +132,10 @@ def _traffic(
 
 def _numbers(state: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in state.values())
+
+
+def _hashable(instructions: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in instructions.items())
 
 
 @lru_cache(maxsize=4096)

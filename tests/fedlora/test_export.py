@@ -81,7 +81,9 @@ def test_the_head_is_exported_wherever_it_belongs(tiny, tmp_path: Path, head: st
     torch.testing.assert_close(logits(reloaded(other_seed, tmp_path), batch), logits(model.module, batch))
 
 
-@pytest.mark.parametrize("target", ["null", "[query]", "'.*attention.self.(key|value)'"])
+@pytest.mark.parametrize(
+    "target", ["null", "[query]", "query", "attention", "all-linear", "'.*attention.self.(key|value)'"]
+)
 def test_every_way_of_naming_targets_is_exported(tiny, tmp_path: Path, target: str):
     federation = Federation(tiny(f"adapter.target_modules={target}"))
     model, batch = trained_model(federation), first_batch(federation)

@@ -228,7 +228,7 @@ def test_an_unknown_adapter_names_the_nearest_one(tiny):
 
 @pytest.mark.parametrize("name", ["lora", "ffa"])
 def test_a_setting_of_another_adapter_is_refused(tiny, name: str):
-    values = {**tiny().adapter, "name": name}
+    values = tiny(f"adapter={name}").adapter
     assert build_adapter(values).config.name == name
     with pytest.raises(InputError, match=r"adapter\.basis"):
         build_adapter({**values, "basis": "seeded"})
