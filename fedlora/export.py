@@ -56,7 +56,8 @@ def export_merged(
     else:
         model = _merged_by_peft(federation, {**frozen, **state}, head)
     model.save_pretrained(folder)
-    federation.backbone.tokenizer().save_pretrained(folder)
+    if federation.backbone.has_tokenizer:
+        federation.backbone.tokenizer().save_pretrained(folder)
 
 
 def _export_lora(federation: Federation, adapter: LowRankAdapter, folder: Path, full: State, head: State) -> None:
