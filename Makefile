@@ -31,7 +31,7 @@ simulate: .venv/.installed ## Run the demonstration
 	.venv/bin/fedlora simulate experiment=demo
 
 test: .venv/.installed ## Run the tests that take seconds
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical --maxprocesses 8
 
 test-slow: .venv/.installed ## Run the tests that take minutes
 	.venv/bin/python -m pytest -m slow

@@ -44,6 +44,7 @@ def statistics(target: list[int], predicted: list[int], confidence: float = 0.5)
     rows = len(target)
     return {
         "target": np.array(target), "predicted": np.array(predicted), "loss": np.ones(rows),
+        "classes": np.full(rows, max(2, 1 + max(*target, *predicted))),
         "confidence": np.full(rows, confidence),
     }  # fmt: skip
 
@@ -148,7 +149,9 @@ def test_statistics_are_of_every_row(task: Task, model):
 def test_metrics_are_sklearns(task: Task):
     rng = np.random.default_rng(0)
     target, predicted, loss = rng.integers(0, 3, 50), rng.integers(0, 3, 50), rng.random(50)
-    found = task.metrics({"target": target, "predicted": predicted, "loss": loss, "confidence": loss})
+    classes = np.full(50, 3)
+    values = {"target": target, "predicted": predicted, "loss": loss, "confidence": loss, "classes": classes}
+    found = task.metrics(values)
     assert found == pytest.approx(
         {
             "accuracy": accuracy_score(target, predicted),
