@@ -109,7 +109,7 @@ def training_mode(module: nn.Module, seed: int) -> Iterator[None]:
 
     The rest of the backbone stays in evaluation mode: its dropout is zero and its running statistics are frozen.
     """
-    live = [m for m in module.modules() if isinstance(m, nn.Dropout) or getattr(m, "gradient_checkpointing", False)]
+    live = [m for m in module.modules() if "Dropout" in type(m).__name__ or getattr(m, "gradient_checkpointing", False)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

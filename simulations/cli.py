@@ -15,6 +15,7 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
 
   fedlora simulate experiment=demo              seven methods on real data, one table
   fedlora simulate method=fed_sb rounds=20      one run; every setting is group=option or key=value
+  fedlora simulate experiment=smollm2_instruct  a language model on two cores
   fedlora simulate -m method=fedit,ffa seed=1,2 a sweep over all combinations
   fedlora plan --compare                        bytes, parameters and memory before anything runs
   fedlora methods                               what method=... can be
@@ -22,11 +23,14 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
 
 SETTINGS = """\
 settings (key=value, as in conf/config.yaml):
-  method=fedit|ffa|fedex|fed_sb|local|central|zero_shot      sets adapter, strategy and client.lr
-  data=rotten_tomatoes|csv|jsonl|parquet|hf  data.path=FILE  data.text=COL  data.label=COL  data.client=COL
+  method=fedit|ffa|fedex|fed_sb|flora|flexlora|local|central|zero_shot   sets adapter, strategy and client.lr
+  data=rotten_tomatoes|csv|jsonl|parquet|hf|imagefolder  data.path=FILE  data.text=COL  data.label=COL  data.client=COL
+  data=sst2|mnli|stsb|gsm8k|dolly|alpaca_gpt4|medqa|...      presets: columns, template, task and metric of a data set
+  task=classification|regression|causal_lm|generation|multiple_choice|...   or task.name=./mine.py:Mine
   partition=natural|iid|dirichlet|pathological|...           who owns which row
-  backbone=minilm|hf  backbone.path=FOLDER                   the frozen model
-  adapter.rank=8  adapter.target_modules=[query,value]  adapter.head=shared|private|frozen
+  backbone=minilm|smollm2|hf  backbone.path=FOLDER           the frozen model
+  adapter.rank=8  adapter.target_modules=attention|all-linear|[query,value]  adapter.head=shared|private|frozen
+  adapter=peft adapter.config._target_=peft.MissConfig       any adapter of PEFT
   strategy._target_=./mine.py:Mine                           a strategy of your own, or any of Flower's
   rounds=10  cohort.size=12  client.lr=2e-3  client.local_epochs=1  seed=1  run_dir=runs/mine"""
 

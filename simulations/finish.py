@@ -28,7 +28,7 @@ EVALUATED = ("round", "metrics", "clients", "unseen_clients")
 def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     """Write what a finished run leaves: adapter, ledger, and the summary last."""
     folder, config = run.folder, run.config
-    head = run.worker.model.head
+    head, affinity = run.worker.model.head, run.worker.model.affinity
     rounds = folder.read_rounds()
     last = rounds[-1]
     if run.ours is None or run.ours.evaluation == "global":
@@ -49,6 +49,7 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
         "seed": config.seed,
         "rounds": run.rounds,
         "main_metric": run.federation.task.main_metric,
+        "adapter": {"affine": affinity.affine, "deviation": affinity.error},
         "start": {key: rounds[0][key] for key in EVALUATED},
         "final": {key: last[key] for key in EVALUATED},
         "best": run.best,

@@ -64,6 +64,7 @@ def plan_run(config: Config) -> dict[str, Any]:
         "label": label(config, federation.adapter, bool(rounds)),
         "rounds": rounds,
         "clients_per_round": traffic["clients"] / max(rounds, 1),
+        "affine": model.affinity.affine,
         "trainable_params": trainable if rounds else 0,
         "upload_params": round(traffic["payload_up"] / messages / itemsize) if communicates else 0,
         "download_params": round(traffic["params_down"] / messages) if communicates else 0,

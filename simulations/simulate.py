@@ -113,6 +113,9 @@ def _log_start(worker: Worker) -> None:
     config, index = worker.federation.config, worker.federation.index
     log.info("method %s, engine %s, seed %d", config.method, config.engine.name, config.seed)
     log.info("%d training clients, %d unseen, %d public rows", len(index.clients), len(index.unseen), len(index.public))
+    affinity = worker.model.affinity
+    how = "by its formula" if affinity.error is None else f"measured: {affinity.error:.1e}"
+    log.info("adapter %s is %saffine (%s)", worker.federation.adapter.label, "" if affinity.affine else "not ", how)
     for notice in notices(worker.federation):
         NOTICES.warning("%s", notice)
 

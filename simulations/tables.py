@@ -101,6 +101,7 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
     for item in items:
         table.add_column(escape(item["label"]), justify="right", no_wrap=True)
     quantities: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "affine": lambda item: "yes" if item["affine"] else "no",
         "trainable parameters": lambda item: f"{item['trainable_params']:,}",
         "up, a client and round": lambda item: human_bytes(item["payload_up_per_client"]),
         "down, a client and round": lambda item: human_bytes(item["payload_down_per_client"]),
