@@ -111,13 +111,24 @@ class Task(ABC):
         """Configuration overrides for the model, such as the number of labels."""
         return {}
 
-    @abstractmethod
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of every row ``[b]``, summed over whatever :meth:`row_weights` counts.
+
+        A task that gives only :meth:`loss` trains one client after the other.
+        """
+        raise NotImplementedError(f"task {type(self).__name__} gives neither row_losses nor loss")
+
+    def row_weights(self, batch: Batch) -> Tensor:
+        """What each row's loss is summed over ``[b]``, such as its answer tokens; 1 by default."""
+        return torch.ones(len(next(iter(batch.values()))))
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch, a scalar."""
+        """Mean loss of a batch, a scalar: the sum of all row losses over the sum of all row weights."""
+        return self.row_losses(model, batch).sum() / self.row_weights(batch).sum().clamp(min=1)
 
     def weight(self, batch: Batch) -> int:
-        """What the mean of :meth:`loss` was taken over: the rows of the batch."""
-        return len(next(iter(batch.values())))
+        """What the mean of :meth:`loss` was taken over."""
+        return int(self.row_weights(batch).sum())
 
     @abstractmethod
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:

@@ -106,14 +106,13 @@ class CausalLM(Task):
             pieces.append((start + learned, [False] * len(start) + [True] * len(learned)))
         return pieces
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the answer tokens of the batch."""
-        loss, _, learned = answer_losses(model, batch)
-        return loss.sum() / learned.sum()
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of every row, summed over its answer tokens."""
+        return answer_losses(model, batch)[0].sum(1)
 
-    def weight(self, batch: Batch) -> int:
-        """The answer tokens of the batch."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+    def row_weights(self, batch: Batch) -> Tensor:
+        """The answer tokens of every row."""
+        return (batch["labels"][:, 1:] != IGNORED).sum(1)
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Summed loss, answer tokens and correct tokens of every row."""

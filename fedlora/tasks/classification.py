@@ -48,9 +48,9 @@ class Classification(Task):
         """The number of labels, and the padding token that decoders need to find the last token."""
         return {"num_labels": len(schema.labels), "pad_token_id": self.backbone.pad_id}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy."""
-        return class_losses(text_logits(model, batch), batch).mean()
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of every row."""
+        return class_losses(text_logits(model, batch), batch)
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Loss, predicted and true class of every row, and the probability of the predicted one."""

@@ -70,9 +70,9 @@ class ImageClassification(Task):
         """The number of labels."""
         return {"num_labels": len(schema.labels)}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy."""
-        return class_losses(_logits(model, batch), batch).mean()
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of every row."""
+        return class_losses(_logits(model, batch), batch)
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Loss, predicted and true class of every row, and the probability of the predicted one."""

@@ -101,13 +101,13 @@ class MultipleChoice(CausalLM):
         batch |= {name: values[chosen] for name, values in rows.fixed.items()}
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the tokens of the right choices of the batch."""
-        return super().loss(model, _right(batch))
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of every row, summed over the tokens of its right choice."""
+        return super().row_losses(model, _right(batch))
 
-    def weight(self, batch: Batch) -> int:
-        """The tokens of the right choices."""
-        return super().weight(_right(batch))
+    def row_weights(self, batch: Batch) -> Tensor:
+        """The tokens of every row's right choice."""
+        return super().row_weights(_right(batch))
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Summed loss and tokens of the right choice, and whether it is the most likely: as a whole, by character."""

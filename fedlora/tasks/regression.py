@@ -9,7 +9,6 @@ import pandas as pd
 from pydantic import Field
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from fedlora.encoded import EncodedRows
@@ -64,9 +63,9 @@ class Regression(Task):
         """One output, and the padding token that decoders need to find the last token."""
         return {"num_labels": 1, "problem_type": "regression", "pad_token_id": self.backbone.pad_id}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean squared error of ``(label - center) / scale``."""
-        return functional.mse_loss(text_logits(model, batch)[:, 0], self._standardised(batch["target"]))
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Squared error of ``(label - center) / scale`` of every row."""
+        return (text_logits(model, batch)[:, 0] - self._standardised(batch["target"])).square()
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Predicted and true number of every row, and its squared error after scaling."""

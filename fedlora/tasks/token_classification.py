@@ -94,14 +94,14 @@ class TokenClassification(Task):
             "pad_token_id": self.backbone.pad_id,
         }
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the words of the batch."""
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of every row, summed over its words."""
         logits, labels = text_logits(model, batch).flatten(0, 1), batch["labels"].flatten()
-        return functional.cross_entropy(logits, labels, reduction="sum") / (labels != IGNORED).sum().clamp(min=1)
+        return functional.cross_entropy(logits, labels, reduction="none").view_as(batch["labels"]).sum(1)
 
-    def weight(self, batch: Batch) -> int:
-        """The words of the batch."""
-        return int((batch["labels"] != IGNORED).sum())
+    def row_weights(self, batch: Batch) -> Tensor:
+        """The words of every row."""
+        return (batch["labels"] != IGNORED).sum(1)
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Summed loss, words and right words of every row, and counts ``[rows, 3, kinds]`` of right, predicted, actual.
