@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedlora.config import BackboneConfig
+from fedlora.config import BackboneConfig, nearest
 from fedlora.errors import InputError
 from fedlora.packaged import minilm_folder, smollm2_folder
 from fedlora.seeding import derive_seed
@@ -97,6 +98,7 @@ class Backbone:
         """Return the model's configuration with every dropout set to zero and ``overrides`` applied."""
         try:
             if self.path is None:
+                self._check_settings()
                 values = {**self.settings.settings, **overrides}
                 config = AutoConfig.for_model(str(self.settings.architecture), **values)
             else:
@@ -110,6 +112,17 @@ class Backbone:
             if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
         return config
+
+    def _check_settings(self) -> None:
+        """Refuse what a configuration class of transformers would keep and never read."""
+        known = AutoConfig.for_model(str(self.settings.architecture))
+        unknown = [key for key in self.settings.settings if not hasattr(known, key)]
+        if unknown:
+            names = [name for name in known.to_dict() if not name.startswith("_")]
+            raise InputError(
+                f"Unknown setting 'backbone.settings.{unknown[0]}': {type(known).__name__} has no such value."
+                f"{nearest(unknown[0], names)}"
+            )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the backbone's tokenizer, with a padding token (the end-of-text token where none is defined).
@@ -125,9 +138,14 @@ class Backbone:
         return _tokenizer(location)
 
     def tokenizer_key(self) -> str:
-        """A hash of the tokenizer: its kind, vocabulary and chat template."""
+        """A hash of the tokenizer: its kind, vocabulary, rules, special tokens and chat template."""
         tokenizer = self.tokenizer()
-        parts = (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        rules = {} if fast is None else json.loads(fast.to_str())
+        kept = {name: rules.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")}
+        special, template = sorted(tokenizer.special_tokens_map.items()), tokenizer.chat_template
+        sides = tokenizer.truncation_side, kept, special
+        parts = (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), template, sides)
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def max_length(self) -> int | None:
@@ -217,8 +235,17 @@ class Backbone:
 
     def meta(self, auto_class: Any, **overrides: Any) -> nn.Module:
         """Build the model on the meta device from its configuration alone: shapes without weights."""
-        with torch.device("meta"):
-            model = auto_class.from_config(self.config(**overrides))
+        config = self.config(**overrides)
+        try:
+            with torch.device("meta"):
+                model = auto_class.from_config(config)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise InputError(
+                f"{self.described} is of type '{config.model_type}', which transformers cannot build as "
+                f"{auto_class.__name__} for this task. Choose another backbone or another task."
+            ) from error
         return model.eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,29 @@ class Result(NamedTuple):
     moments: State
 
 
+@dataclass(frozen=True)
+class Job:
+    """A client that is ready to train.
+
+    Attributes:
+        message: what it was asked.
+        client: its id.
+        server_round: the round.
+        pool: the clients whose rows it trains on: itself, or the pool of ``central``.
+        personal: whether it keeps its whole state and sends no tensors.
+        references: names of the shared content it holds.
+        moments: the optimiser state to continue from.
+    """
+
+    message: Message
+    client: str
+    server_round: int
+    pool: tuple[str, ...]
+    personal: bool
+    references: Mapping[str, str]
+    moments: Mapping[str, torch.Tensor]
+
+
 class Worker:
     """Holds one backbone and trains clients on it, one after the other (the oracle of every faster engine)."""
 
@@ -55,6 +79,15 @@ class Worker:
 
     def handle(self, message: Message) -> Message:
         """Train the client that ``message`` addresses and reply with its shared tensors and metrics."""
+        job = self.open(message)
+        return self.close(job, self.train(job.pool, job.server_round, job.client, job.moments))
+
+    def open(self, message: Message) -> Job:
+        """Read a message and put the client that it addresses into the model, ready to train.
+
+        Raises:
+            FedloraError: the message cannot be understood, or what the client needs never reached it.
+        """
         content = message.content
         instructions = dict(content.config_records["config"])
         server_round, client = int(instructions["server-round"]), str(instructions["client-id"])  # pyright: ignore
@@ -62,7 +95,7 @@ class Worker:
         if unknown:
             raise FedloraError(f"the strategy asks for {sorted(unknown)}, which this client does not do")
         personal = bool(instructions.get("personal", False))
-        pool = [str(name) for name in instructions.get("pool", [])]  # pyright: ignore
+        pool = tuple(str(name) for name in instructions.get("pool", []))  # pyright: ignore
 
         record = self.store.read(client, server_round)
         references = self._receive(record.references, content)
@@ -70,23 +103,36 @@ class Worker:
         restart = bool(instructions.get("restart", False))
         if restart:
             self.model.initialise(derive_seed(self.federation.config.seed, "restart", server_round, client))
-        layout, dtype = self.layout(client), self.federation.config.wire.dtype
         if not personal:
-            sent = {key: shape for key, shape in layout.items() if not restart or key in self.model.head}
+            sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
             if sent:
-                state = wire.unpack(content.array_records["arrays"], sent, dtype)
+                state = wire.unpack(content.array_records["arrays"], sent, self.federation.config.wire.dtype)
                 self.model.load(pad(state, self.model.shapes(sent)))
         self.model.narrow(self.federation.rank_of(client))
         moments = {} if restart else record.optimizer
-        result = self.train(pool or [client], server_round, client, moments)
+        return Job(message, client, server_round, pool or (client,), personal, references, moments)
 
-        kept = self.model.trainable if personal else self.model.private
-        if kept or references or result.moments:
-            self.store.write(client, server_round, ClientRecord(self.model.read(kept), references, result.moments))
+    def close(self, job: Job, result: Result) -> Message:
+        """Store what the trained client in the model keeps, and reply with what it sends."""
+        kept = self.model.trainable if job.personal else self.model.private
+        if kept or job.references or result.moments:
+            record = ClientRecord(self.model.read(kept), job.references, result.moments)
+            self.store.write(job.client, job.server_round, record)
         reply = RecordDict({"metrics": MetricRecord({"num-examples": result.examples, "train_loss": result.loss})})
-        if not personal:
-            reply["arrays"] = wire.pack(crop(self.model.read(layout), layout), dtype)
-        return Message(reply, reply_to=message)
+        if not job.personal:
+            layout = self.layout(job.client)
+            reply["arrays"] = wire.pack(crop(self.model.read(layout), layout), self.federation.config.wire.dtype)
+        return Message(reply, reply_to=job.message)
+
+    def rows_of(self, job: Job) -> np.ndarray:
+        """The training rows of a job, in the order of its pool."""
+        return np.concatenate([self.federation.index.train[client] for client in job.pool])
+
+    def hold_frozen(self, references: Mapping[str, str]) -> None:
+        """Put the basis and the base correction of a client into the model."""
+        if self.federation.adapter.broadcast_frozen:
+            self.model.load(self._content("setup", references) or self.seeded_frozen)
+        self.model.set_base_correction(self._content("correction", references))
 
     def layout(self, client: str) -> wire.Layout:
         """Names and shapes of what travels to and from ``client``."""
@@ -165,9 +211,7 @@ class Worker:
     def _prepare(self, record: ClientRecord, references: Mapping[str, str]) -> None:
         """Set the model to this client: seeded start, its basis, its base correction, its private tensors."""
         self.model.load(self.initial)
-        if self.federation.adapter.broadcast_frozen:
-            self.model.load(self._content("setup", references) or self.seeded_frozen)
-        self.model.set_base_correction(self._content("correction", references))
+        self.hold_frozen(references)
         self.model.load(record.private)
 
     def _content(self, kind: str, references: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -189,11 +189,19 @@ class EvalConfig(Settings):
 
 
 class EngineConfig(Settings):
-    """What executes client work. ``auto`` chooses and writes its choice into ``config.yaml``."""
+    """What executes client work. ``auto`` chooses and writes its choice into ``config.yaml``.
 
-    name: Literal["auto", "loop", "flower"]
+    Attributes:
+        name: the engine.
+        workers: processes beside the main one, for ``flower``.
+        threads: CPU threads a process; ``None``: as many as PyTorch takes.
+        tokens: tokens in one step of all clients of a cohort together, for ``cohort``.
+    """
+
+    name: Literal["auto", "loop", "cohort", "flower"]
     workers: Annotated[int, Field(ge=0)] | None = None
     threads: Count | None = None
+    tokens: Count | None = None
 
 
 class PrivacyConfig(Settings):

@@ -17,6 +17,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.notices import notices
 from simulations.callbacks import Callback, ProgressBar
+from simulations.engines.cohort import CohortGrid
 from simulations.engines.flower import FlowerGrid, run_on_flower
 from simulations.engines.loop import LoopGrid
 from simulations.finish import finish, merge_finished
@@ -25,6 +26,7 @@ from simulations.run_folder import RunFolder
 from strategies.build import build_strategy
 
 log = logging.getLogger("fedlora")
+COHORT_TOKENS = 2048
 NOTICES = logging.getLogger("fedlora.notices")
 
 
@@ -95,6 +97,8 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
                 run.run(FlowerGrid(grid, workers, on_reply))
 
             run_on_flower(server, app, workers, threads)
+        elif config.engine.name == "cohort":
+            run.run(CohortGrid(worker, config.engine.tokens or COHORT_TOKENS, on_reply))
         else:
             run.run(LoopGrid(app, on_reply))
         summary = finish(run, time.perf_counter() - started, merged)

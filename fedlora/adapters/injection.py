@@ -99,7 +99,8 @@ def _inject(
         if _matched_nothing(error):
             linear = ", ".join(sorted({name.split(".")[-1] for name in names}))
             raise InputError(
-                f"{setting} matches no layer of this backbone. Its linear layers are named: {linear}."
+                f"{setting} matches no layer of this backbone. Its linear layers are named: {linear}. "
+                "Use adapter.target_modules=attention, all-linear or some of these names."
             ) from error
         raise InputError(_refused(error)) from error
     if not meta and _checksums(before) != weights:

@@ -97,7 +97,9 @@ def untrained_labels(rows: pd.DataFrame, index: ClientIndex, schema: Schema) -> 
     """The labels of ``schema`` that no training row has, in its order: a model cannot learn them.
 
     Args:
-        rows: the table ``[rows]`` with the column ``label`` (of values, or of lists of them as for tagged words).
+        rows: the table ``[rows]`` with the column ``label`` (of values, or as for tagged words of lists of them or of
+            texts that separate them by spaces). Where it has none of the schema's names, such as numbers that the
+            task gives names to, nothing can be said.
         index: which rows are trained on.
         schema: what the clients agree on; without labels the answer is empty.
     """
@@ -105,7 +107,8 @@ def untrained_labels(rows: pd.DataFrame, index: ClientIndex, schema: Schema) -> 
         return []
     trained = rows["label"].iloc[np.concatenate(list(index.train.values()))]
     seen = set(_texts(trained.tolist()))
-    return [label for label in schema.labels if label not in seen]
+    seen |= {word for text in seen.difference(schema.labels) for word in text.split()}
+    return [label for label in schema.labels if label not in seen] if seen.intersection(schema.labels) else []
 
 
 def _texts(values: Iterable[Any]) -> Iterable[str]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification
 from transformers.image_processing_base import ImageProcessingMixin
 
 from fedlora.encoded import EncodedRows
+from fedlora.errors import InputError
 from fedlora.tasks.base import Batch, Schema, Statistics, Task, collate, plain_text, register
 from fedlora.tasks.classification import ClassificationConfig
 from fedlora.tasks.labels import class_losses, class_metrics, class_numbers, class_schema, class_statistics, majority
@@ -130,4 +131,9 @@ class ImageClassification(Task):
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(pixel_values=batch["pixel_values"]).logits.float()
+    try:
+        return model(pixel_values=batch["pixel_values"]).logits.float()
+    except ValueError as error:
+        if "image size" not in str(error):
+            raise
+        raise InputError(f"task.image_size: {str(error).rstrip('.')}. Set task.image_size=null for its own.") from error

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
 )
@@ -72,6 +73,34 @@ def test_a_random_backbone_needs_an_architecture() -> None:
         Backbone.from_config(BackboneConfig(name="random"))
     with pytest.raises(InputError, match="could not be read"):
         Backbone.from_config(BackboneConfig(name="random", architecture="lama")).config()
+
+
+def test_a_setting_that_an_architecture_does_not_have_is_refused_with_the_nearest() -> None:
+    wrong = BackboneConfig(name="random", architecture="bert", settings={"hiden_size": 32})
+    with pytest.raises(InputError, match=r"'backbone\.settings\.hiden_size'.*Did you mean 'hidden_size'"):
+        Backbone.from_config(wrong).config()
+    mapped = BackboneConfig(name="random", architecture="gpt2", settings={"hidden_size": 32, "num_labels": 3})
+    assert Backbone.from_config(mapped).config().n_embd == 32
+
+
+def test_a_backbone_that_cannot_do_the_task_is_refused() -> None:
+    backbone = Backbone.from_config(BackboneConfig(name="random", architecture="vit"))
+    with pytest.raises(InputError, match="'vit', which transformers cannot build as AutoModelForSequenceClassifi"):
+        backbone.meta(AutoModelForSequenceClassification)
+
+
+def test_tokenizers_that_differ_in_their_rules_only_have_different_keys(tiny_bert: Path, tmp_path: Path) -> None:
+    def key(folder: Path) -> str:
+        return Backbone.from_config(BackboneConfig(name="hf", path=str(folder))).tokenizer_key()
+
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    assert key(other) == key(tiny_bert)
+    for name, part in (("upper", "normalizer"), ("bare", "post_processor")):
+        folder = shutil.copytree(tiny_bert, tmp_path / name)
+        rules = json.loads((folder / "tokenizer.json").read_text())
+        rules[part] = None
+        (folder / "tokenizer.json").write_text(json.dumps(rules))
+        assert key(folder) != key(tiny_bert)
 
 
 def test_an_encoder_is_refused_as_a_language_model(tiny_lm: Compose, tiny_bert: Path) -> None:

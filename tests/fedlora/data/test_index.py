@@ -182,6 +182,19 @@ def test_labels_inside_lists_are_looked_at_one_by_one() -> None:
     assert untrained_labels(rows, index, Schema(("B", "I", "O", "X")))[-1:] == ["X"]
 
 
+def test_labels_separated_by_spaces_are_looked_at_one_by_one() -> None:
+    index = build(["a"] * 4, validation=0.0, test=0.25, unseen_clients=0.0)
+    tags = np.full(4, "O B-X", dtype=object)
+    tags[index.test["a"][0]] = "O I-X"
+    assert untrained_labels(pd.DataFrame({"label": tags}), index, Schema(("B-X", "I-X", "O"))) == ["I-X"]
+
+
+def test_numbers_that_the_task_gives_names_to_say_nothing() -> None:
+    index = build(["a"] * 4, unseen_clients=0.0)
+    rows = pd.DataFrame({"label": [[0, 1], [0, 0], [1, 1], [0, 1]]})
+    assert untrained_labels(rows, index, Schema(("O", "B-X", "I-X"))) == []
+
+
 def test_without_a_schema_of_labels_none_is_untrained() -> None:
     index = build(["a"] * 10, unseen_clients=0.0)
     assert untrained_labels(pd.DataFrame({"label": [f"text {n}" for n in range(10)]}), index, Schema()) == []

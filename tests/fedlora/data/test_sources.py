@@ -75,6 +75,13 @@ def test_numbers_become_text_where_text_is_asked_for(source: str, tmp_path: Path
     assert list(rows["text"]) == list(rows["text_pair"]) == list(rows["client"]) == ["5", "3", "1", "2"]
 
 
+def test_json_values_stay_as_they_are_written_whatever_their_column_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "visits.jsonl"
+    path.write_text('{"modified": "a", "made_at": "1577836800", "date": "2020-01-01"}\n')
+    data = DataConfig(name="jsonl", path=str(path), text="made_at", label="date", client="modified")
+    assert load_rows(data).iloc[0].to_dict() == {"text": "1577836800", "label": "2020-01-01", "client": "a"}
+
+
 def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     assert load_rows(config(path=write("csv", tmp_path), limit=2))["label"].to_list() == [5, 3]
 

@@ -82,6 +82,14 @@ def test_models_of_any_size_take_the_size_that_is_set(size: object, shape: tuple
     assert encoded(work, COLOUR).shape == (1, 3, *shape)
 
 
+def test_a_size_that_the_model_does_not_read_is_refused():
+    work = task_on_random("vit", VIT, "image_classification", image_size=16)
+    batch = work.collate(work.encode(frame(COLOUR), LABELS, 48), [0])
+    model = work.backbone.load(work.auto_class, 1, num_labels=2)
+    with pytest.raises(InputError, match=r"task\.image_size: .*16.*doesn't match model.*task\.image_size=null"):
+        work.loss(model, batch)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
