@@ -33,7 +33,7 @@ def csv(data: DataConfig) -> pd.DataFrame:
 def jsonl(data: DataConfig) -> pd.DataFrame:
     """A file with one JSON object a line. Values are as they stand there: no text becomes a number or a date."""
     as_found: Any = False  # what pandas documents, and its annotations do not know
-    return _from_file(data, lambda path: pd.read_json(path, lines=True, dtype=as_found, convert_dates=False))
+    return _from_file(data, lambda path: pd.read_json(path, lines=True, dtype=as_found))
 
 
 def parquet(data: DataConfig) -> pd.DataFrame:

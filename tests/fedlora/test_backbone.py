@@ -95,12 +95,11 @@ def test_tokenizers_that_differ_in_their_rules_only_have_different_keys(tiny_ber
 
     other = shutil.copytree(tiny_bert, tmp_path / "other")
     assert key(other) == key(tiny_bert)
-    for name, part in (("upper", "normalizer"), ("bare", "post_processor")):
-        folder = shutil.copytree(tiny_bert, tmp_path / name)
-        rules = json.loads((folder / "tokenizer.json").read_text())
-        rules[part] = None
-        (folder / "tokenizer.json").write_text(json.dumps(rules))
-        assert key(folder) != key(tiny_bert)
+    for setting, value in (("do_lower_case", False), ("strip_accents", False), ("truncation_side", "left")):
+        folder = shutil.copytree(tiny_bert, tmp_path / setting)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, setting: value}))
+        assert key(folder) != key(tiny_bert), setting
 
 
 def test_an_encoder_is_refused_as_a_language_model(tiny_lm: Compose, tiny_bert: Path) -> None:
