@@ -68,12 +68,26 @@ def step_bytes(federation: Federation, model: AdaptedModel) -> int:
     settings = federation.config.client
     trainable = sum(parameter.numel() for parameter in model.parameters())
     rows = np.concatenate(list(federation.index.train.values()))
-    batch = _longest(federation, model, rows, settings.batch_size)
+    moments = 4 * trainable * (1 + MOMENTS[settings.optimizer])
+    return _backward_bytes(federation, model, rows, settings.batch_size) + moments
+
+
+def basis_bytes(federation: Federation, model: AdaptedModel) -> int:
+    """Most bytes alive while the server takes gradients of its public sample; 0 where it takes none."""
+    if not federation.adapter.needs_public_sample:
+        return 0
+    adapted = sum(int(layer.get_base_layer().weight.numel()) for layer in model.layers.values())  # pyright: ignore
+    size = federation.config.eval.batch_size
+    return 4 * adapted + _backward_bytes(federation, model, federation.index.public, size)
+
+
+def _backward_bytes(federation: Federation, model: AdaptedModel, rows: np.ndarray, size: int) -> int:
+    batch = _longest(federation, model, rows, size)
     with LiveBytes(_tensors(model.module)) as live, training_mode(model.module, 0):
         federation.task.loss(model.module, batch).backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return live.peak + 4 * trainable * (1 + MOMENTS[settings.optimizer])
+    return live.peak
 
 
 def evaluation_bytes(federation: Federation, model: AdaptedModel) -> int:
@@ -91,11 +105,13 @@ def evaluation_bytes(federation: Federation, model: AdaptedModel) -> int:
 def predicted_peak(federation: Federation, model: AdaptedModel) -> int:
     """Peak resident memory of the process that runs the loop engine.
 
-    What this process holds already (the interpreter, the libraries, the data), the weights, and the larger of a
-    training and an evaluation step; while weights are read, the pages of their file count beside them.
+    What this process holds already (the interpreter, the libraries, the data), the weights, and the largest of a
+    training step, an evaluation step and a gradient of the public sample; while weights are read, the pages of their
+    file count beside them. Writing a merged model (``--merged``) needs the weights once more.
     """
     weights = weight_bytes(federation, model)
-    working = max(step_bytes(federation, model), evaluation_bytes(federation, model), weights)
+    steps = [step_bytes(federation, model), evaluation_bytes(federation, model), basis_bytes(federation, model)]
+    working = max(*steps, weights)
     return psutil.Process().memory_info().rss + weights + working
 
 

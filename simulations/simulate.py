@@ -48,6 +48,7 @@ def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Seq
     """
     config = resolve(config).model_copy(update={"run_dir": str(run_dir)})
     folder = RunFolder(run_dir)
+    worker_for.cache_clear()  # the model of the run before, in a sweep
     worker = worker_for(config.model_dump_json(), str(folder.path))
     build_strategy(config.strategy, worker.model)  # what can be wrong is found before a file is made
     folder.create(config)
