@@ -263,7 +263,7 @@ def _require_bitsandbytes(kind: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             f"backbone.quantization={kind} needs the package bitsandbytes, which is not installed on this machine. "
-            "Run 'pip install \"fedlora[quantization]\"', or use backbone.quantization=none."
+            "Run 'pip install bitsandbytes', or use backbone.quantization=none."
         )
 
 
