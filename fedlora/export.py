@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -122,12 +123,17 @@ def _merged_factors(
 
 def _merged_by_peft(federation: Federation, full: State, head: State) -> PreTrainedModel:
     try:
-        return cast(PreTrainedModel, _peft_model(federation, full, head).merge_and_unload())
+        model = cast(PreTrainedModel, _peft_model(federation, full, head).merge_and_unload())
     except (NotImplementedError, AttributeError, ValueError) as error:
         raise InputError(
             f"adapter {federation.adapter.label} cannot be merged into the backbone's weights ({error}). "
             "Leave out --merged: the adapter folder of the run holds the model."
         ) from error
+    for name in _top_level(head) or []:
+        wrapper = model.get_submodule(name)
+        if isinstance(wrapper, ModulesToSaveWrapper):  # LN tuning leaves them in
+            setattr(model, name, wrapper.modules_to_save[ADAPTER_NAME])
+    return model
 
 
 def _peft_model(federation: Federation, full: State, head: State) -> PeftModel:

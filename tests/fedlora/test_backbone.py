@@ -9,7 +9,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
 )

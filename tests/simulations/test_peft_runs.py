@@ -22,6 +22,7 @@ from tests.fedlora.helpers import bare_backbone, first_batch, logits
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type.*LayerNorm:UserWarning"),
 ]
 RUNS = {
     "Miss": ["strategy=average"],
@@ -61,7 +62,9 @@ def test_a_run_sends_what_is_trained_and_keeps_the_promise_of_the_measurement(
     assert error <= rounding if PEFT_CASES[case].affine else error > 2 * rounding, error
 
 
-@pytest.mark.parametrize("case", ["Miss", "SHiRA", "VeRA", "Uni-LoRA", "DoRA", "TinyLoRA", "IA3", "BEFT", "Lily"])
+@pytest.mark.parametrize(
+    "case", ["Miss", "SHiRA", "VeRA", "Uni-LoRA", "DoRA", "TinyLoRA", "IA3", "BEFT", "LayerNorm", "Lily"]
+)
 def test_peft_loads_and_merges_the_exported_adapter_to_the_same_outputs(
     tiny: Compose, tmp_path: Path, case: str
 ) -> None:
