@@ -17,6 +17,8 @@ from fedlora.model import AdaptedModel
 from fedlora.tasks import Statistics, Task
 
 Group = TypeVar("Group", bound=Hashable)
+LOWER_IS_BETTER = frozenset({"loss", "mse", "perplexity", "ece"})
+"""Metrics of our tasks that cannot be the main one."""
 
 
 def row_statistics(
@@ -49,12 +51,19 @@ def main_value(task: Task, metrics: Mapping[str, float]) -> float:
     """The main metric among ``metrics``.
 
     Raises:
-        InputError: ``task.metric`` names none of them.
+        InputError: ``task.metric`` names none of them, or one that is better when lower.
     """
+    usable = [name for name in sorted(metrics) if name not in LOWER_IS_BETTER]
+    if task.config.metric in LOWER_IS_BETTER and task.main_metric in metrics:
+        raise InputError(
+            f"task.metric = '{task.main_metric}' is better when lower, and the main metric must be better when higher: "
+            f"it chooses the best round and the worst clients. Use one of {', '.join(usable)}; "
+            f"'{task.main_metric}' is reported in any case."
+        )
     if task.main_metric not in metrics:
         raise InputError(
             f"task.metric = '{task.main_metric}' is no metric of this task on this data."
-            f"{nearest(task.main_metric, metrics)} Known: {', '.join(sorted(metrics))}."
+            f"{nearest(task.main_metric, usable)} Known: {', '.join(usable)}."
         )
     return metrics[task.main_metric]
 

@@ -131,6 +131,12 @@ def test_a_metric_that_the_task_does_not_have_is_refused_with_the_nearest(tiny: 
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("metric", ["loss", "ece"])
+def test_a_metric_that_is_better_when_lower_is_refused(tiny: Compose, tmp_path: Path, metric: str) -> None:
+    with pytest.raises(InputError, match=rf"task\.metric = '{metric}' is better when lower.*Use one of accuracy, "):
+        start(tiny(f"task.metric={metric}", "task.calibration=true"), tmp_path / "run")
+
+
 def test_a_task_by_path_needs_no_other_word() -> None:
     config = compose_config(["task.name=./mine.py:Mine", "task.size=3"])
     assert config.task == {"name": "./mine.py:Mine", "metric": None, "size": 3}
