@@ -11,7 +11,15 @@ from transformers import AutoModelForSequenceClassification
 
 from fedlora.encoded import EncodedRows
 from fedlora.tasks.base import Batch, Schema, Statistics, Task, TaskConfig, model_inputs, plain_text, register
-from fedlora.tasks.labels import class_losses, class_metrics, class_numbers, class_schema, class_statistics, majority
+from fedlora.tasks.labels import (
+    class_losses,
+    class_metrics,
+    class_numbers,
+    class_schema,
+    class_statistics,
+    label_names,
+    majority,
+)
 
 
 class ClassificationConfig(TaskConfig):
@@ -45,8 +53,8 @@ class Classification(Task):
         )
 
     def model_overrides(self, schema: Schema) -> dict[str, Any]:
-        """The number of labels, and the padding token that decoders need to find the last token."""
-        return {"num_labels": len(schema.labels), "pad_token_id": self.backbone.pad_id}
+        """The labels by name, for the exported model, and the padding token that decoders need."""
+        return {**label_names(schema), "pad_token_id": self.backbone.pad_id}
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of every row."""

@@ -17,7 +17,15 @@ from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
 from fedlora.tasks.base import Batch, Schema, Statistics, Task, collate, plain_text, register
 from fedlora.tasks.classification import ClassificationConfig
-from fedlora.tasks.labels import class_losses, class_metrics, class_numbers, class_schema, class_statistics, majority
+from fedlora.tasks.labels import (
+    class_losses,
+    class_metrics,
+    class_numbers,
+    class_schema,
+    class_statistics,
+    label_names,
+    majority,
+)
 from fedlora.tasks.pictures import pixels
 
 
@@ -68,8 +76,8 @@ class ImageClassification(Task):
         return {"pixel_values": (batch["pixels"].float() / 255 - mean) / deviation, "target": batch["target"]}
 
     def model_overrides(self, schema: Schema) -> dict[str, Any]:
-        """The number of labels."""
-        return {"num_labels": len(schema.labels)}
+        """The labels by name, for the exported model."""
+        return label_names(schema)
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of every row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,15 @@ def class_numbers(labels: Sequence[str], schema: Schema) -> np.ndarray:
     """The class id of every label ``[rows]``, int64."""
     number = {label: i for i, label in enumerate(schema.labels)}
     return np.array([number[label] for label in labels], dtype=np.int64)
+
+
+def label_names(schema: Schema) -> dict[str, Any]:
+    """What a model's configuration says of its classes, so that an exported model names them."""
+    return {
+        "num_labels": len(schema.labels),
+        "id2label": dict(enumerate(schema.labels)),
+        "label2id": {label: i for i, label in enumerate(schema.labels)},
+    }
 
 
 def class_losses(logits: Tensor, batch: Batch) -> Tensor:

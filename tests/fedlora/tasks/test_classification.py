@@ -51,7 +51,12 @@ def statistics(target: list[int], predicted: list[int], confidence: float = 0.5)
 
 def test_the_schema_is_the_sorted_labels_of_all_rows_as_text(task: Task):
     assert task.schema(pd.DataFrame({"label": [3, 1, 3, 2]})) == Schema(("1", "2", "3"))
-    assert task.model_overrides(Schema(("1", "2", "3"))) == {"num_labels": 3, "pad_token_id": 0}
+    assert task.model_overrides(Schema(("1", "2"))) == {
+        "num_labels": 2,
+        "id2label": {0: "1", 1: "2"},
+        "label2id": {"1": 0, "2": 1},
+        "pad_token_id": 0,
+    }
 
 
 def test_one_class_is_nothing_to_learn(task: Task):
