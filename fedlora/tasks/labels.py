@@ -29,7 +29,8 @@ def class_schema(rows: pd.DataFrame) -> Schema:
     if len(labels) < 2:
         raise InputError(
             f"The data set has one class only ({labels[0]!r}), so there is nothing to learn. "
-            "Check data.label: it must name the column with the classes."
+            "Check data.label: it must name the column with the classes. (data.limit takes the first rows only: "
+            "raise it where they are sorted by class.)"
         )
     if len(labels) > MAX_CLASSES:
         raise InputError(

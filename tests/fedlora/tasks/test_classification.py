@@ -60,7 +60,7 @@ def test_the_schema_is_the_sorted_labels_of_all_rows_as_text(task: Task):
 
 
 def test_one_class_is_nothing_to_learn(task: Task):
-    with pytest.raises(InputError, match=r"one class only \('good'\).*data\.label"):
+    with pytest.raises(InputError, match=r"one class only \('good'\).*data\.label.*data\.limit"):
         task.schema(pd.DataFrame({"label": ["good", "good"]}))
 
 
