@@ -278,6 +278,8 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
     if problem["type"] == "missing":
         return f"Setting '{key}' is missing."
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"Settings '{key}' are not valid: {message}."
     return f"Setting '{key}' = {problem['input']!r} is not valid: {message}."
 
 

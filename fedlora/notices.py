@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedlora.data.index import untrained_labels
 from fedlora.federation import Federation
+from fedlora.tasks import Task
 
 
 def notices(federation: Federation) -> list[str]:
@@ -25,6 +26,8 @@ def notices(federation: Federation) -> list[str]:
             else f"the {federation.max_length} tokens that the backbone can read"
         )
         found.append(f"{rows.truncated} of {len(rows)} rows are cut to {reason}.")
+    if config.eval.samples and type(federation.task).sample is Task.sample:
+        found.append(f"eval.samples = {config.eval.samples} has no effect: this task writes no answers.")
     unseen = untrained_labels(federation.dataset.rows, index, federation.schema)
     if unseen:
         found.append(

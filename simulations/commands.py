@@ -24,7 +24,8 @@ from simulations.simulate import resume, start
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Execute the chosen command and return its exit status."""
-    logging.getLogger("fedlora.notices").addHandler(_NoticeHandler())
+    notices, handler = logging.getLogger("fedlora.notices"), _NoticeHandler()
+    notices.addHandler(handler)
     try:
         return COMMANDS[options.command](options, list(overrides))
     except KeyboardInterrupt:
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 1
     except Exception as error:
         return _report(error, options.debug)
+    finally:
+        notices.removeHandler(handler)
 
 
 def _simulate(options: argparse.Namespace, overrides: list[str]) -> int:

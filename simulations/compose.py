@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -27,7 +28,7 @@ def prepare_overrides(overrides: Iterable[str]) -> list[str]:
 
     A ``strategy._target_`` means ``strategy=custom``, and a ``task.name`` by path means ``task=custom``.
     """
-    overrides = list(overrides)
+    overrides = [_quoted(o) for o in overrides]
     targeted = any(o.startswith("strategy._target_=") for o in overrides)
     chosen = any(o.startswith("strategy=") for o in overrides)
     opened = [f"++{o}" if o.startswith(OPEN_NODES) else o for o in overrides]
@@ -35,6 +36,15 @@ def prepare_overrides(overrides: Iterable[str]) -> list[str]:
         opened = ["strategy=custom", *opened]
     named = any(o.startswith("task.name=") and is_plugin_path(o.partition("=")[2]) for o in overrides)
     return ["task=custom", *opened] if named and not any(o.startswith("task=") for o in overrides) else opened
+
+
+def _quoted(override: str) -> str:
+    """The value of a template such as ``data.text={{ question }}`` in the quotes that Hydra needs."""
+    key, _, value = override.partition("=")
+    if not ("{{" in value or "{%" in value) or value[:1] in "'\"[":
+        return override
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -64,6 +74,15 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def own_pair(method: str) -> tuple[str, str]:
+    """The adapter's name and the strategy's class path that ``conf/method`` gives a method."""
+    values = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
+    chosen = {key.split("/")[-1]: value for entry in values["defaults"] for key, value in entry.items()}
+    adapter = yaml.safe_load((CONF / "adapter" / f"{chosen['adapter']}.yaml").read_text())
+    strategy = yaml.safe_load((CONF / "strategy" / f"{chosen['strategy']}.yaml").read_text())
+    return adapter["name"], strategy["_target_"]
+
+
 def explain(error: BaseException) -> InputError:
     """Turn an error of Hydra or OmegaConf into one paragraph that names the setting and the nearest valid one."""
     text = str(error.__cause__ or error) if isinstance(error, ConfigCompositionException) else str(error)
@@ -83,8 +102,10 @@ def explain(error: BaseException) -> InputError:
 
 def _unknown_key(key: str) -> str:
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    valid = [*_keys(_compose([])), *groups]
+    valid = list(dict.fromkeys([*_keys(_compose([])), *groups]))
     parent = key.rpartition(".")[0]
+    if key in valid:
+        return f"Setting '{key}' does not belong to the option of {parent} that you chose; see conf/{parent}/."
     siblings = [name for name in valid if name.rpartition(".")[0] == parent]
     return f"Unknown setting '{key}'.{nearest(key, valid)} Valid keys here: {', '.join(siblings) or ', '.join(groups)}."
 

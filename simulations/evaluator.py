@@ -40,7 +40,8 @@ class Evaluator:
         index = federation.index
         self.worker = worker
         self.frozen = frozen
-        self.panel = tuple(c for c in panel(federation.config, federation.clients) if len(index.test[c]))
+        chosen = panel(federation.config, federation.clients)
+        self.panel = tuple(c for c in chosen if len(index.test[c]) or len(index.validation[c]))
         self.own_test = {client: index.test[client] for client in self.panel}
         self.validation = federation.bounded(_joined(index.validation), "validation")
         self.test = federation.bounded(_joined(index.unseen), "test")
@@ -86,12 +87,16 @@ class Evaluator:
             parts = split_statistics(
                 self._statistics(np.concatenate([validation, test])), {"validation": len(validation), "test": len(test)}
             )
-            own_validation.append(parts["validation"])
-            own_test[client] = parts["test"]
+            own_validation.append(parts["validation"] if len(validation) else {})
+            own_test[client] = parts["test"] if len(test) else {}
         task = self.worker.federation.task
-        metrics = _prefixed("validation", task.metrics(joined_statistics(own_validation)))
-        metrics |= _prefixed("seen", task.metrics(joined_statistics(list(own_test.values()))))
-        return Evaluation(metrics, client_metrics(task, own_test))
+        metrics: dict[str, float] = {}
+        held, tested = [part for part in own_validation if part], {c: part for c, part in own_test.items() if part}
+        if held:
+            metrics |= _prefixed("validation", task.metrics(joined_statistics(held)))
+        if tested:
+            metrics |= _prefixed("seen", task.metrics(joined_statistics(list(tested.values()))))
+        return Evaluation(metrics, client_metrics(task, tested) if tested else None)
 
     def _statistics(self, rows: np.ndarray) -> Statistics:
         federation = self.worker.federation

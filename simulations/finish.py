@@ -16,6 +16,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
 from simulations import checkpoint
+from simulations.compose import own_pair
 from simulations.memory import measured_peak
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder, write_atomically
@@ -97,10 +98,10 @@ def _samples(run: FederatedRun) -> list[dict[str, str]]:
 def label(config: Config, adapter: Adapter, trains: bool) -> str:
     """The method with every choice that changes its numbers, as tables print it: ``fed_sb[gradient]``.
 
-    A strategy that is not ours names itself: ``FedMedian(lora)``.
+    Any other pair than the method's own names itself: ``FedMedian(lora)``, ``Average(peft[Miss])``.
     """
     target = str(config.strategy["_target_"])
-    if not target.startswith("strategies."):
+    if (config.adapter["name"], target) != own_pair(config.method):
         return f"{target.replace(':', '.').rpartition('.')[2]}({adapter.label})"
     return config.method + (adapter.label.removeprefix(adapter.config.name) if trains else "")
 

@@ -37,9 +37,9 @@ class RunFolder:
             InputError: a run is there already.
         """
         if self.config_file.exists():
-            state = "finished" if self.summary_file.exists() else "unfinished"
+            state = "a finished" if self.summary_file.exists() else "an unfinished"
             raise InputError(
-                f"run_dir = {self.path} already holds a {state} run. Continue it with 'fedlora resume {self.path}', "
+                f"run_dir = {self.path} already holds {state} run. Continue it with 'fedlora resume {self.path}', "
                 "or choose another run_dir."
             )
         self.path.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from fedlora.client import Worker, client_app, worker_for
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.evaluation import main_value, row_statistics
 from fedlora.notices import notices
 from simulations.callbacks import Callback, ProgressBar
 from simulations.engines.cohort import CohortGrid
@@ -50,9 +52,24 @@ def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Seq
     folder = RunFolder(run_dir)
     worker_for.cache_clear()  # the model of the run before, in a sweep
     worker = worker_for(config.model_dump_json(), str(folder.path))
-    build_strategy(config.strategy, worker.model)  # what can be wrong is found before a file is made
+    _check(worker, build_strategy(config.strategy, worker.model))
     folder.create(config)
     return _run(config, folder, merged=merged, callbacks=callbacks)
+
+
+def _check(worker: Worker, strategy: Strategy) -> None:
+    """Find what can be wrong before a file is made."""
+    federation = worker.federation
+    if getattr(strategy, "restarts", False) and federation.config.client.keep_optimizer:
+        raise InputError(
+            f"client.keep_optimizer=true has no effect with {type(strategy).__name__}, whose clients start from new "
+            "factors in every round. Set it to false."
+        )
+    rows = federation.rows
+    if federation.task.config.metric is not None:
+        first = next(iter(federation.index.train.values()))[:1]
+        found = row_statistics(worker.model, federation.task, rows, first, 1)
+        main_value(federation.task, federation.task.metrics(found))
 
 
 def resume(run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:

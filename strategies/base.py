@@ -65,6 +65,7 @@ class FederatedStrategy(Strategy):
 
     Attributes:
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
+        restarts: whether clients start from new factors in every round, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
         trains: whether there are rounds at all.
         evaluation: which model is evaluated: the one ``global`` model, each client's ``personal`` one, or the answer
@@ -78,6 +79,7 @@ class FederatedStrategy(Strategy):
     trains: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
     client_ranks: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
         if weighting not in ("examples", "uniform"):

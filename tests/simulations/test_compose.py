@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedlora.adapters import build_adapter
+from fedlora.errors import InputError
 from fedlora.plugins import load_object
-from simulations.compose import CONF, compose_config
+from simulations.compose import CONF, compose_config, own_pair
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 REQUIRED = {
@@ -49,3 +50,26 @@ def test_a_method_sets_adapter_strategy_and_learning_rate_and_each_can_be_overri
 
 def test_alpha_of_fed_sb_follows_its_rank() -> None:
     assert compose_config(["method=fed_sb", "adapter.rank=8"]).adapter["alpha"] == 8
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ question }} Options: {{ options }}",
+        'it\'s {{ a }}, "b" \\ c',
+        "{% if a %}{{ a }}{% endif %}\\",
+        "{{ a['b'] }}",
+    ],
+)
+def test_a_template_needs_no_quotes_of_hydra(template: str) -> None:
+    assert compose_config([f"data.text={template}"]).data.text == template
+
+
+def test_a_setting_of_another_option_is_not_suggested_to_itself() -> None:
+    with pytest.raises(InputError, match=r"'backbone\.quantization' does not belong to the option of backbone"):
+        compose_config(["backbone=random", "backbone.quantization=int8"])
+
+
+def test_every_method_has_a_pair_of_its_own() -> None:
+    assert own_pair("fed_sb") == ("fed_sb", "strategies.Average")
+    assert own_pair("fedit") == ("lora", "strategies.FedIT")

@@ -80,3 +80,15 @@ def test_samples_show_the_model_before_and_after_training(tiny_lm: Compose, tmp_
         assert "plus" in sample["prompt"]
         assert "of course" in sample["reference"]
         assert sample["answer"] != sample["before"]
+
+
+@pytest.mark.parametrize("settings", [["method=local"], ["method=ffa", "adapter.head=private"]], ids=" ".join)
+@pytest.mark.parametrize("missing", ["test", "validation"])
+def test_personal_models_are_evaluated_on_the_rows_there_are(
+    tiny: Compose, tmp_path: Path, settings: list[str], missing: str
+) -> None:
+    summary = start(tiny(*settings, f"data.split.{missing}=0", "rounds=1"), tmp_path / "run")
+    metrics, other = summary["final"]["metrics"], {"test": "validation", "validation": "seen"}[missing]
+    assert f"{other}_accuracy" in metrics
+    assert {"test": "seen", "validation": "validation"}[missing] + "_accuracy" not in metrics
+    assert (summary["final"]["clients"] is None) == (missing == "test")

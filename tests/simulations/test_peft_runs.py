@@ -97,4 +97,4 @@ def test_average_refuses_before_a_file_is_made(tiny: Compose, tmp_path: Path) ->
 
 def test_dora_runs_as_an_adapter_of_its_own(tiny: Compose, tmp_path: Path) -> None:
     summary = start(tiny("adapter=dora", "adapter.config.r=4", "strategy=fedit", "rounds=1"), tmp_path / "run")
-    assert summary["label"] == "fedit[Lora,use_dora]"
+    assert summary["label"] == "FedIT(peft[Lora,use_dora])"

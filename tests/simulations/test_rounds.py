@@ -223,3 +223,24 @@ def test_partial_file_plugin_runs(tiny: Compose, tmp_path: Path) -> None:
     assert summary["label"] == "Mine(lora)"
     with pytest.raises(InputError, match=r"Unknown setting 'strategy\.momentm' for Mine\. Did you mean 'momentum'"):
         start(tiny(f"strategy._target_={tmp_path}/mine.py:Mine", "strategy.momentm=0.5"), tmp_path / "other")
+
+
+def test_a_run_is_named_after_what_ran(tiny: Compose, tmp_path: Path) -> None:
+    miss = ["adapter=peft", "adapter.config._target_=peft.MissConfig", "adapter.config.r=4", "rounds=1"]
+    assert start(tiny(*miss, "strategy=average"), tmp_path / "average")["label"] == "Average(peft[Miss])"
+    assert start(tiny("method=ffa", "rounds=1"), tmp_path / "ffa")["label"] == "ffa"
+    assert start(tiny("method=ffa", "strategy=fedit", "rounds=1"), tmp_path / "fedit")["label"] == "FedIT(ffa)"
+
+
+def test_rows_that_cannot_be_used_leave_no_folder(tiny_lm: Compose, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user"}], "site": "a"}\n' * 12)
+    chat = [f"data.path={tmp_path / 'chat.jsonl'}", "data.messages=messages", "data.client=null", "partition=iid"]
+    with pytest.raises(InputError, match="Row 1"):
+        start(tiny_lm(*chat, "partition.clients=4", "cohort.size=1", "data.split.public_rows=0"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_moments_that_would_be_dropped_are_refused(tiny: Compose, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"client\.keep_optimizer=true has no effect with FLoRA"):
+        start(tiny("method=flora", "client.keep_optimizer=true"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
