@@ -79,7 +79,9 @@ def test_fashion_mnist_reads_idx_files_packed_or_not(packed: bool, tmp_path: Pat
     pixels = np.arange(3 * 28 * 28, dtype=np.int64).astype(np.uint8).reshape(3, 28, 28)
     for name, values in zip(images.FASHION_MNIST_FILES, (pixels, np.array([9, 0, 4], dtype=np.uint8)), strict=True):
         content = idx(values)
-        (tmp_path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(content, mtime=0) if packed else content)
+        (tmp_path / (f"{name}.gz" if packed else name)).write_bytes(
+            gzip.compress(content, mtime=0) if packed else content
+        )
     rows = load("fashion_mnist", path=str(tmp_path))
     assert (np.stack(rows["image"].to_list()) == pixels).all()
     assert rows["label"].to_list() == [9, 0, 4]
@@ -92,7 +94,11 @@ def test_fashion_mnist_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(gzip.compress(b"no idx file", mtime=0), "is no idx file"), (b"not gzip", "cannot be read"), (idx(np.zeros(2)), "cannot")],
+    [
+        (gzip.compress(b"no idx file", mtime=0), "is no idx file"),
+        (b"not gzip", "cannot be read"),
+        (idx(np.zeros(2)), "cannot"),
+    ],
 )
 def test_fashion_mnist_files_that_cannot_be_read_are_explained(content: bytes, message: str, tmp_path: Path) -> None:
     for name in images.FASHION_MNIST_FILES:
