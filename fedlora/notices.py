@@ -13,8 +13,8 @@ def notices(federation: Federation) -> list[str]:
     found = []
     if index.left_out_clients:
         found.append(
-            f"{index.left_out_clients} clients with {index.left_out_rows} rows are left out: they have fewer than "
-            f"partition.min_rows = {config.partition.min_rows} rows."
+            f"Clients left out because they have fewer than partition.min_rows = {config.partition.min_rows} rows: "
+            f"{index.left_out_clients}, with {index.left_out_rows} rows together."
         )
     blank = federation.dataset.rows.attrs.get("left_out", 0)
     if blank:

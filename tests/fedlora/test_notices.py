@@ -32,7 +32,7 @@ def test_text_longer_than_the_model_reads_is_cut_to_what_it_reads(tiny: Compose,
 
 def test_clients_left_out_are_counted(tiny: Compose) -> None:
     (told,) = notices(Federation(tiny("partition.min_rows=20", "cohort.size=2")))
-    assert "are left out: they have fewer than partition.min_rows = 20 rows" in told
+    assert told.startswith("Clients left out because they have fewer than partition.min_rows = 20 rows: ")
 
 
 def test_labels_that_nobody_trains_on_are_named(tiny: Compose, reviews: Path, tmp_path: Path) -> None:
