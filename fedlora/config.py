@@ -201,7 +201,7 @@ class EngineConfig(Settings):
     name: Literal["auto", "loop", "cohort", "flower"]
     workers: Annotated[int, Field(ge=0)] | None = None
     threads: Count | None = None
-    tokens: Count | None = None
+    tokens: Count = 2048
 
 
 class PrivacyConfig(Settings):

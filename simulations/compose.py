@@ -76,11 +76,16 @@ def options(group: str) -> list[str]:
 
 def own_pair(method: str) -> tuple[str, str]:
     """The adapter's name and the strategy's class path that ``conf/method`` gives a method."""
-    values = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
-    chosen = {key.split("/")[-1]: value for entry in values["defaults"] for key, value in entry.items()}
+    chosen = choices_of(method)
     adapter = yaml.safe_load((CONF / "adapter" / f"{chosen['adapter']}.yaml").read_text())
     strategy = yaml.safe_load((CONF / "strategy" / f"{chosen['strategy']}.yaml").read_text())
     return adapter["name"], strategy["_target_"]
+
+
+def choices_of(method: str) -> dict[str, str]:
+    """The options ``{"adapter": ..., "strategy": ...}`` that ``conf/method`` chooses for a method."""
+    values = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
+    return {key.split("/")[-1]: value for entry in values["defaults"] for key, value in entry.items()}
 
 
 def explain(error: BaseException) -> InputError:

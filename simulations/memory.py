@@ -102,16 +102,20 @@ def evaluation_bytes(federation: Federation, model: AdaptedModel) -> int:
     return live.peak
 
 
-def predicted_peak(federation: Federation, model: AdaptedModel) -> int:
+def predicted_peak(federation: Federation, model: AdaptedModel, weights: int, step: int) -> int:
     """Peak resident memory of the process that runs the loop engine.
 
     What this process holds already (the interpreter, the libraries, the data), the weights, and the largest of a
     training step, an evaluation step and a gradient of the public sample; while weights are read, the pages of their
     file count beside them. Writing a merged model (``--merged``) needs the weights once more.
+
+    Args:
+        federation: the run.
+        model: its model on the meta device.
+        weights: :func:`weight_bytes` of them.
+        step: :func:`step_bytes` of them.
     """
-    weights = weight_bytes(federation, model)
-    steps = [step_bytes(federation, model), evaluation_bytes(federation, model), basis_bytes(federation, model)]
-    working = max(*steps, weights)
+    working = max(step, evaluation_bytes(federation, model), basis_bytes(federation, model), weights)
     return psutil.Process().memory_info().rss + weights + working
 
 

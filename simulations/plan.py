@@ -29,7 +29,7 @@ from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
 from fedlora.ranks import crop
 from fedlora.training import steps_for
-from simulations.compose import CONF, options
+from simulations.compose import CONF, choices_of, options, own_pair
 from simulations.finish import label
 from simulations.memory import predicted_peak, step_bytes, weight_bytes
 from simulations.sampler import cohort
@@ -58,6 +58,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     messages = max(traffic["clients"], 1)
     setup = sum(prod(s) for s in model.shapes(model.frozen).values()) if federation.adapter.broadcast_frozen else 0
     communicates = ours is None or ours.communicates
+    weights_held, step = weight_bytes(federation, model), step_bytes(federation, model)
     itemsize = wire.DTYPES[config.wire.dtype].itemsize
     return {
         "method": config.method,
@@ -76,8 +77,8 @@ def plan_run(config: Config) -> dict[str, Any]:
         **{key: traffic[key] for key in TOTALS},
         "total_bytes": traffic["message_up"] + traffic["message_down"],
         "per_round": traffic["per_round"],
-        "client_memory_bytes": weight_bytes(federation, model) + step_bytes(federation, model),
-        "run_memory_bytes": predicted_peak(federation, model),
+        "client_memory_bytes": weights_held + step,
+        "run_memory_bytes": predicted_peak(federation, model, weights_held, step),
         "client_flops_per_round": _client_flops(federation, model) if rounds else 0,
     }
 
@@ -205,9 +206,8 @@ def _method(name: str) -> dict[str, Any]:
     path = CONF / "method" / f"{name}.yaml"
     text = path.read_text()
     values = yaml.safe_load(text)
-    choices = {key.split("/")[-1]: value for entry in values["defaults"] for key, value in entry.items()}
-    strategy = yaml.safe_load((CONF / "strategy" / f"{choices['strategy']}.yaml").read_text())
-    target = load_object(strategy["_target_"], "strategy._target_")
+    choices = choices_of(name)
+    target = load_object(own_pair(name)[1], "strategy._target_")
     comments: Sequence[str] = [line[2:] for line in text.splitlines() if line.startswith("# ")]
     return {
         "method": name,

@@ -28,7 +28,6 @@ from simulations.run_folder import RunFolder
 from strategies.build import build_strategy
 
 log = logging.getLogger("fedlora")
-COHORT_TOKENS = 2048
 NOTICES = logging.getLogger("fedlora.notices")
 
 
@@ -116,7 +115,7 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
 
             run_on_flower(server, app, workers, threads)
         elif config.engine.name == "cohort":
-            run.run(CohortGrid(worker, config.engine.tokens or COHORT_TOKENS, on_reply))
+            run.run(CohortGrid(worker, config.engine.tokens, on_reply))
         else:
             run.run(LoopGrid(app, on_reply))
         summary = finish(run, time.perf_counter() - started, merged)

@@ -58,11 +58,15 @@ class Classification(Task):
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of every row."""
-        return class_losses(text_logits(model, batch), batch)
+        return class_losses(self.logits(model, batch), batch)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's logits ``[b, classes]`` in fp32."""
+        return text_logits(model, batch)
 
     def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
         """Loss, predicted and true class of every row, and the probability of the predicted one."""
-        return class_statistics(text_logits(model, batch), batch)
+        return class_statistics(self.logits(model, batch), batch)
 
     def metrics(self, statistics: Statistics) -> dict[str, float]:
         """Accuracy, macro-F1, Matthews correlation and loss; ``f1`` of the second of two classes; ``ece`` on demand."""

@@ -15,16 +15,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
-from fedlora.tasks.base import Batch, Schema, Statistics, Task, collate, plain_text, register
-from fedlora.tasks.classification import ClassificationConfig
+from fedlora.tasks.base import Batch, Schema, collate, plain_text, register
+from fedlora.tasks.classification import Classification, ClassificationConfig
 from fedlora.tasks.labels import (
-    class_losses,
-    class_metrics,
     class_numbers,
-    class_schema,
-    class_statistics,
     label_names,
-    majority,
 )
 from fedlora.tasks.pictures import pixels
 
@@ -42,20 +37,15 @@ class ImageClassificationConfig(ClassificationConfig):
 
 
 @register
-class ImageClassification(Task):
+class ImageClassification(Classification):
     """Predict the class of a picture ``data.image``; see :func:`fedlora.tasks.pictures.pixels` for what it may be."""
 
     Config = ImageClassificationConfig
     name = "image_classification"
     auto_class = AutoModelForImageClassification
     head_modules = ("classifier",)
-    default_metric = "accuracy"
     columns = ("image", "label")
     nested = ("image",)
-
-    def schema(self, rows: pd.DataFrame) -> Schema:
-        """The sorted distinct labels of all rows, as text."""
-        return class_schema(rows)
 
     def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
         """``pixels [rows, channels, h, w]`` (uint8) in the model's size, and ``target [rows]``.
@@ -79,21 +69,19 @@ class ImageClassification(Task):
         """The labels by name, for the exported model."""
         return label_names(schema)
 
-    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy of every row."""
-        return class_losses(_logits(model, batch), batch)
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's logits ``[b, classes]`` in fp32.
 
-    def statistics(self, model: nn.Module, batch: Batch) -> Statistics:
-        """Loss, predicted and true class of every row, and the probability of the predicted one."""
-        return class_statistics(_logits(model, batch), batch)
-
-    def metrics(self, statistics: Statistics) -> dict[str, float]:
-        """Accuracy, macro-F1, Matthews correlation and loss; ``f1`` of the second of two classes; ``ece`` on demand."""
-        return class_metrics(statistics, cast(ImageClassificationConfig, self.config).calibration)
-
-    def zero_shot(self, rows: EncodedRows, train: np.ndarray, asked: np.ndarray) -> Statistics | None:
-        """The majority class, with the training frequencies as probabilities."""
-        return majority(rows.fixed["target"][train], rows.fixed["target"][asked])
+        Raises:
+            InputError: the model reads no pictures of this size.
+        """
+        try:
+            return model(pixel_values=batch["pixel_values"]).logits.float()
+        except ValueError as error:
+            if "image size" not in str(error):
+                raise
+            reason = str(error).rstrip(".")
+            raise InputError(f"task.image_size: {reason}. Set task.image_size=null for its own.") from error
 
     @cached_property
     def _timm(self) -> dict[str, Any]:
@@ -136,12 +124,3 @@ class ImageClassification(Task):
             fit = values if len(values) in (1, self._channels) else values.mean(keepdims=True)
             chosen.append(torch.tensor(fit, dtype=torch.float32).expand(self._channels)[:, None, None])
         return chosen[0], chosen[1]
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    try:
-        return model(pixel_values=batch["pixel_values"]).logits.float()
-    except ValueError as error:
-        if "image size" not in str(error):
-            raise
-        raise InputError(f"task.image_size: {str(error).rstrip('.')}. Set task.image_size=null for its own.") from error
