@@ -86,6 +86,19 @@ def test_accumulated_batches_are_one_large_batch(request, compose: str):
         assert_near(parts[1], whole[1], 1e-5)
 
 
+@pytest.mark.parametrize("compose", ["tiny", "tiny_lm"])
+def test_accumulated_batches_of_unequal_size_are_weighted_by_what_they_hold(request, compose: str):
+    make = request.getfixturevalue(compose)
+    federation = start_of(make())[0]
+    rows = len(federation.index.train[federation.clients[0]])
+    knobs = ("client.optimizer=sgd", "client.lr=0.5")
+    whole = trained(make("client.batch_size=64", *knobs))
+    size = next(n for n in (2, 3, 4, 5) if rows % n)  # the last part is smaller than the others
+    parts = trained(make(f"client.batch_size={size}", "client.grad_accumulation=40", *knobs))
+    assert parts[0] == pytest.approx(whole[0], rel=1e-4)
+    assert_near(parts[1], whole[1], 1e-5)
+
+
 def test_clipping_bounds_what_one_step_of_sgd_changes(tiny):
     knobs = ("client.optimizer=sgd", "client.lr=1.0", "client.local_steps=1", "client.batch_size=16")
     _, _, start = start_of(tiny())
