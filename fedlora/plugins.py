@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedlora.config import nearest
 from fedlora.errors import InputError
 
+MOST_NAMES = 20
+"""A module with more names than this has too many to list in a message."""
 OWN_PACKAGES = ("fedlora", "strategies", "simulations")
 
 
@@ -35,8 +38,11 @@ def load_object(path: str, setting: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        names = ", ".join(name for name in vars(module) if not name.startswith("_"))
-        raise InputError(f"{setting} = '{path}': there is no '{attribute}' in it. It defines: {names}.") from None
+        names = [name for name in vars(module) if not name.startswith("_")]
+        listed = f" It defines: {', '.join(names)}." if len(names) <= MOST_NAMES else ""
+        raise InputError(
+            f"{setting} = '{path}': there is no '{attribute}' in it.{nearest(attribute, names)}{listed}"
+        ) from None
 
 
 def _load_file(file: str, path: str, setting: str) -> Any:

@@ -121,3 +121,8 @@ def test_a_folder_that_shadows_one_of_our_packages_is_refused_with_the_path_to_w
     with pytest.raises(InputError, match=rf"'{package}' is one of fedlora's own packages.*=\./{package}/mine\.py:Mine"):
         load_object(f"{package}.mine.Mine", "strategy._target_")
     assert load_object(f"./{package}/mine.py:Mine", "strategy._target_").__name__ == "Mine"
+
+
+def test_a_misspelt_name_in_a_large_module_is_answered_with_the_nearest_only():
+    with pytest.raises(InputError, match=r"there is no 'MissConfg' in it\. Did you mean 'MissConfig'\?$"):
+        load_object("peft.MissConfg", "adapter.config._target_")
