@@ -1,0 +1,97 @@
+"""What is compared: each variant is a kind of program and the settings it runs with.
+
+Every variant may use two CPU threads: one process with two, or two processes with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedlora.config import nearest
+from fedlora.errors import InputError
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One competitor.
+
+    Attributes:
+        name: how the tables call it.
+        kind: the program: a federated run of ours (``federated``), our strategy ``central`` at its best batch size
+            (``own_central``), fine-tuning with PEFT and transformers alone (``plain_central``), or Flower's simulation
+            (``flower``).
+        about: what it is, in a few words.
+        overrides: settings of ours, as ``fedlora simulate`` takes them.
+        processes: training processes.
+        packed: whether padding and unused rows are dropped.
+        precision: of the frozen products.
+        rebuild: ``flower``: build the model in every call.
+        same_loss_as: the variant whose mathematics it shares, so that its losses must be the same.
+    """
+
+    name: str
+    kind: Literal["federated", "own_central", "plain_central", "flower"]
+    about: str
+    overrides: tuple[str, ...] = ()
+    processes: int = 1
+    packed: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    rebuild: bool = False
+    same_loss_as: str = "loop"
+
+
+ONE, TWO = "engine.threads=2", "engine.threads=1"
+PACKED, PADDED = "engine.packing=true", "engine.packing=false"
+COHORT = ("engine=cohort", "engine.workers=0", ONE)
+COHORT_TWO = ("engine=cohort", "engine.workers=2", TWO)
+CENTRAL = ("method=central", *COHORT, PACKED)
+
+VARIANTS = (
+    Variant("central", "plain_central", "PEFT and transformers on the pooled rows, best batch", same_loss_as="central"),
+    Variant("loop", "federated", "one client after the other", ("engine=loop", ONE)),
+    Variant("loop-x2", "federated", "the same in two processes", ("engine=loop", "engine.workers=2", TWO), 2),
+    Variant("cohort-padded", "federated", "clients share a batch", (*COHORT, PADDED)),
+    Variant("cohort", "federated", "clients share a packed batch", (*COHORT, PACKED), packed=True),
+    Variant("cohort-x2-padded", "federated", "in two processes", (*COHORT_TWO, PADDED), 2),
+    Variant("cohort-x2", "federated", "packed, in two processes", (*COHORT_TWO, PACKED), 2, True),
+    Variant("cohort-bf16", "federated", "packed, bf16", (*COHORT, PACKED, "precision=bf16"), 1, True, "bf16"),
+    Variant("own-central", "own_central", "packed, pooled rows, best batch", CENTRAL, 1, True, same_loss_as="central"),
+    Variant(
+        "own-central-bf16", "own_central", "packed, pooled rows, best batch, bf16", (*CENTRAL, "precision=bf16"), 1,
+        True, "bf16", same_loss_as="central",
+    ),
+    Variant("flower", "flower", "Flower simulation, two actors, model cached", processes=2),
+    Variant("flower-rebuilt", "flower", "the same, model built in every call", processes=2, rebuild=True),
+)  # fmt: skip
+
+
+def chosen(names: Sequence[str]) -> tuple[Variant, ...]:
+    """The variants of these names in the order of the table; all of them for no names.
+
+    Raises:
+        InputError: there is none of a name.
+    """
+    known = [variant.name for variant in VARIANTS]
+    for name in names:
+        if name not in known:
+            raise InputError(f"There is no variant '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
+    return tuple(variant for variant in VARIANTS if not names or variant.name in names)
+
+
+def loop_of(variant: Variant) -> str:
+    """The loop with as many processes."""
+    return "loop" if variant.processes == 1 else "loop-x2"
+
+
+def own_central_of(variant: Variant) -> str | None:
+    """Our central training with the same packing and precision, if it is measured."""
+    same = [v.name for v in VARIANTS if v.kind == "own_central" and (v.packed, v.precision) == _how(variant)]
+    return same[0] if same and variant.kind == "federated" else None
+
+
+def _how(variant: Variant) -> tuple[bool, str]:
+    return variant.packed, variant.precision
