@@ -58,6 +58,8 @@ def measure(workload: Workload, variants: Sequence[Variant], repeats: int, tell:
             for repeat in range(repeats):
                 start = repeat % len(contestants)
                 for each in contestants[start:] + contestants[:start]:
+                    if each.error is not None:
+                        continue
                     each.go()
                     tell(f"  {repeat + 1}/{repeats} {each.name}: {each.last}")
         finally:
@@ -99,49 +101,49 @@ class _Contestant:
         if self.error is not None:
             return f"failed: {self.error}"
         answer = self.answers[-1]
-        other = answer["other_load"]
-        return f"{answer['seconds']:.2f} s, loss {answer['loss']:.4f}" + (
-            f", others {other:.0%}" if other > 0.05 else ""
-        )
+        others = answer["other_load"]
+        told = f"{answer['seconds']:.2f} s, loss {answer['loss']:.4f}"
+        return told if others <= 0.05 else f"{told}, everything else {others:.0%} of the cores"
 
     def warm_up(self) -> None:
         """Start the process and wait for its warm-up."""
         command = [sys.executable, "-m", "simulations.benchmark.variant_process", self.task.to_json()]
+        surroundings = {**os.environ, **QUIET, "FLWR_HOME": str(self.task.prepared.folder / "flwr")}
+        pipe = subprocess.PIPE
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env={**os.environ, **QUIET, "FLWR_HOME": str(self.task.prepared.folder / "flwr")},
-            )  # fmt: skip
-        self._read()
+                command, stdin=pipe, stdout=pipe, stderr=log, text=True, bufsize=1, env=surroundings
+            )
+        self._read(self._process)
 
     def go(self) -> None:
         """Run one round."""
-        if self.error is None and self._process is not None:
-            processes.resume(self._process.pid)
-            self._process.stdin.write("go\n")  # pyright: ignore[reportOptionalMemberAccess]
-            self._process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
-            self._read()
+        process = self._process
+        if self.error is not None or process is None or process.stdin is None:
+            return
+        processes.resume(process.pid)
+        with contextlib.suppress(BrokenPipeError):  # it died: reading tells why
+            process.stdin.write("go\n")
+        self._read(process)
 
     def close(self) -> None:
         """End the process and all it started."""
-        if self._process is None:
-            return
-        known = processes.tree(self._process.pid)
-        processes.resume(self._process.pid)
-        self._process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
-        processes.end(known)
-        self._process.wait()
-        self._process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
-
-    def _read(self) -> None:
         process = self._process
-        assert process is not None
+        if process is None or process.stdin is None or process.stdout is None:
+            return
+        known = processes.tree(process.pid)
+        processes.resume(process.pid)
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            process.stdin.close()
+            process.wait(30)
+        processes.end(known)
+        process.wait()
+        process.stdout.close()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
         own, busy, started = processes.cpu_seconds(process.pid), processes.busy_seconds(), time.perf_counter()
-        line = process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
+        line = process.stdout.readline() if process.stdout else ""
         if not line:
-            process.wait()
             self.error = self._reason()
             return
         elapsed = time.perf_counter() - started

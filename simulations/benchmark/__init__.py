@@ -1,0 +1,1 @@
+"""What the platform costs: whole rounds against its peers (``fedlora bench``), and its parts one by one."""
