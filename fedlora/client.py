@@ -7,11 +7,12 @@ holds the frozen backbone, so it can train one client after the other.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +21,21 @@ from flwr.clientapp import ClientApp
 
 from fedlora import correction, wire
 from fedlora.adapters import State
+from fedlora.cohort import Member, Trained
 from fedlora.config import Config, load_config
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
 from fedlora.grid import error_reply
 from fedlora.model import AdaptedModel
-from fedlora.ranks import crop, pad
+from fedlora.ranks import crop, cut_shapes, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
 from fedlora.store import ClientRecord, ClientStore
-from fedlora.training import train_steps
+from fedlora.trainer import Frozen, Trainer
+from fedlora.training import pack_batches
 
+log = logging.getLogger("fedlora")
 KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart"}
-
-
-class Result(NamedTuple):
-    """What training gave: mean loss, number of examples, and the optimiser's moments if they are kept."""
-
-    loss: float
-    examples: int
-    moments: State
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Job:
         pool: the clients whose rows it trains on: itself, or the pool of ``central``.
         personal: whether it keeps its whole state and sends no tensors.
         references: names of the shared content it holds.
-        moments: the optimiser state to continue from.
+        member: its tensors, rows and random streams.
     """
 
     message: Message
@@ -62,11 +58,11 @@ class Job:
     pool: tuple[str, ...]
     personal: bool
     references: Mapping[str, str]
-    moments: Mapping[str, torch.Tensor]
+    member: Member
 
 
 class Worker:
-    """Holds one backbone and trains clients on it, one after the other (the oracle of every faster engine)."""
+    """The clients of one process: reads what they are asked, trains them on one backbone, writes what they keep."""
 
     def __init__(self, federation: Federation, store: ClientStore) -> None:
         self.federation = federation
@@ -76,14 +72,41 @@ class Worker:
         self.seeded_frozen: State = self.model.read(self.model.frozen)
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
         self._layouts: dict[int | None, wire.Layout] = {}
+        self._unpacked: tuple[ArrayRecord, wire.Layout, State] | None = None
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """Trains on the worker's model; batches are packed if the configuration and the model allow it."""
+        federation = self.federation
+        if federation.config.engine.packing:
+            reason = pack_batches(self.model, federation.task, federation.rows, self._rows_of_length(0, 0.5, 1))
+            if reason and federation.rows.ragged:
+                log.info("padding is computed: %s", reason)
+        return Trainer(self.model, federation.task, federation.rows, federation.config.client)
+
+    def share_steps(self) -> str | None:
+        """Train clients in common steps from now on; returns why that is not possible, if so."""
+        self.trainer.share_steps(self._rows_of_length(0.1, 0.2, 0.3))
+        return self.trainer.reason
+
+    def _rows_of_length(self, *quantiles: float) -> np.ndarray:
+        """Training rows at these quantiles of length."""
+        rows = np.concatenate(list(self.federation.index.train.values()))
+        order = rows[np.argsort(self.federation.rows.lengths(rows), kind="stable")]
+        return order[[round(q * (len(order) - 1)) for q in quantiles]]
 
     def handle(self, message: Message) -> Message:
-        """Train the client that ``message`` addresses and reply with its shared tensors and metrics."""
+        """Train the client that ``message`` addresses and reply with its shared tensors and metrics.
+
+        Raises:
+            FedloraError: the message cannot be understood, or training failed.
+        """
         job = self.open(message)
-        return self.close(job, self.train(job.pool, job.server_round, job.client, job.moments))
+        self.trainer.hold(self.frozen(job.references))
+        return self.close(job, self.trainer.train([job.member])[0])
 
     def open(self, message: Message) -> Job:
-        """Read a message and put the client that it addresses into the model, ready to train.
+        """Read a message and what its client keeps, and make the client ready to train.
 
         Raises:
             FedloraError: the message cannot be understood, or what the client needs never reached it.
@@ -95,44 +118,91 @@ class Worker:
         if unknown:
             raise FedloraError(f"the strategy asks for {sorted(unknown)}, which this client does not do")
         personal = bool(instructions.get("personal", False))
-        pool = tuple(str(name) for name in instructions.get("pool", []))  # pyright: ignore
+        pool = tuple(str(name) for name in instructions.get("pool", [])) or (client,)  # pyright: ignore
 
         record = self.store.read(client, server_round)
         references = self._receive(record.references, content)
-        self._prepare(record, references)
         restart = bool(instructions.get("restart", False))
-        if restart:
-            self.model.initialise(derive_seed(self.federation.config.seed, "restart", server_round, client))
+        state = {**self.initial, **(self._restarted(server_round, client) if restart else {}), **record.private}
         if not personal:
             sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
-            if sent:
-                state = wire.unpack(content.array_records["arrays"], sent, self.federation.config.wire.dtype)
-                self.model.load(pad(state, self.model.shapes(sent)))
-        self.model.narrow(self.federation.rank_of(client))
+            state |= self._sent(content, sent)
+        rank = self.federation.rank_of(client)
+        if rank is not None:
+            factors = self.model.shapes(key for key in self.model.trainable if key not in self.model.head)
+            state |= pad(crop({key: state[key] for key in factors}, cut_shapes(factors, rank)), factors)
         moments = {} if restart else record.optimizer
-        return Job(message, client, server_round, pool or (client,), personal, references, moments)
+        member = self.member(state, pool, server_round, client, moments)
+        return Job(message, client, server_round, pool, personal, references, member)
 
-    def close(self, job: Job, result: Result) -> Message:
-        """Store what the trained client in the model keeps, and reply with what it sends."""
+    def _sent(self, content: RecordDict, layout: wire.Layout) -> State:
+        """The tensors that came with a message; those of the clients of a round are mostly the same record."""
+        if not layout:
+            return {}
+        record = content.array_records["arrays"]
+        if self._unpacked is None or self._unpacked[0] is not record or self._unpacked[1] != layout:
+            state = wire.unpack(record, layout, self.federation.config.wire.dtype)
+            self._unpacked = record, layout, pad(state, self.model.shapes(layout))
+        return self._unpacked[2]
+
+    def _restarted(self, server_round: int, client: str) -> State:
+        """New factors, drawn for this client and round."""
+        self.model.initialise(derive_seed(self.federation.config.seed, "restart", server_round, client))
+        return self.model.read(key for key in self.model.trainable if key not in self.model.head)
+
+    def member(
+        self,
+        state: State,
+        pool: Iterable[str],
+        server_round: int,
+        stream: str,
+        moments: Mapping[str, torch.Tensor] | None = None,
+    ) -> Member:
+        """What the trainer needs to train ``state`` on the rows of ``pool``.
+
+        The order of rows depends on (seed, round, ``stream``) only.
+        """
+        config = self.federation.config
+        return Member(
+            state,
+            np.concatenate([self.federation.index.train[client] for client in pool]),
+            partial(numpy_rng, config.seed, "batches", server_round, stream),
+            derive_seed(config.seed, "dropout", server_round, stream),
+            partial(learning_rate, config.client, server_round, config.rounds),
+            moments or {},
+        )
+
+    def close(self, job: Job, trained: Trained) -> Message:
+        """Store what a trained client keeps, and reply with what it sends.
+
+        Raises:
+            FedloraError: its training failed.
+        """
+        if trained.failure:
+            raise FedloraError(
+                f"{trained.failure} of client '{job.client}' in round {job.server_round}. "
+                f"Lower client.lr (now {self.federation.config.client.lr})"
+            )
+        state = trained.state
         kept = self.model.trainable if job.personal else self.model.private
-        if kept or job.references or result.moments:
-            record = ClientRecord(self.model.read(kept), job.references, result.moments)
+        if kept or job.references or trained.moments:
+            record = ClientRecord({key: state[key] for key in kept}, job.references, trained.moments)
             self.store.write(job.client, job.server_round, record)
-        reply = RecordDict({"metrics": MetricRecord({"num-examples": result.examples, "train_loss": result.loss})})
+        metrics = MetricRecord({"num-examples": len(job.member.rows), "train_loss": trained.loss})
+        reply = RecordDict({"metrics": metrics})
         if not job.personal:
             layout = self.layout(job.client)
-            reply["arrays"] = wire.pack(crop(self.model.read(layout), layout), self.federation.config.wire.dtype)
+            sent = crop({key: state[key] for key in layout}, layout)
+            reply["arrays"] = wire.pack(sent, self.federation.config.wire.dtype)
         return Message(reply, reply_to=job.message)
 
-    def rows_of(self, job: Job) -> np.ndarray:
-        """The training rows of a job, in the order of its pool."""
-        return np.concatenate([self.federation.index.train[client] for client in job.pool])
-
-    def hold_frozen(self, references: Mapping[str, str]) -> None:
-        """Put the basis and the base correction of a client into the model."""
+    def frozen(self, references: Mapping[str, str]) -> Frozen:
+        """The basis and the base correction of a client."""
+        factors = self._content("setup", references)
         if self.federation.adapter.broadcast_frozen:
-            self.model.load(self._content("setup", references) or self.seeded_frozen)
-        self.model.set_base_correction(self._content("correction", references))
+            factors = factors or self.seeded_frozen
+        key = references.get("setup"), references.get("correction")
+        return Frozen(key, factors, self._content("correction", references))
 
     def layout(self, client: str) -> wire.Layout:
         """Names and shapes of what travels to and from ``client``."""
@@ -149,32 +219,9 @@ class Worker:
     def load_personal(self, client: str, before_round: int) -> None:
         """Put what ``client`` keeps privately into the model, for evaluation."""
         record = self.store.read(client, before_round)
-        self._prepare(record, record.references)
-
-    def train(
-        self, clients: Iterable[str], server_round: int, stream: str, moments: Mapping[str, torch.Tensor] | None = None
-    ) -> Result:
-        """Train the loaded state on the rows of ``clients``, continuing from the optimiser's ``moments``.
-
-        The order of rows depends on (seed, round, ``stream``) only.
-
-        Raises:
-            FedloraError: a loss is not finite.
-        """
-        federation, config = self.federation, self.federation.config
-        rows = np.concatenate([federation.index.train[client] for client in clients])
-        rng = numpy_rng(config.seed, "batches", server_round, stream)
-        rate = partial(learning_rate, config.client, server_round, config.rounds)
-        dropout = derive_seed(config.seed, "dropout", server_round, stream)
-        try:
-            loss, kept = train_steps(
-                self.model, federation.task, federation.rows, rows, config.client, rng, rate, dropout, moments or {}
-            )
-        except FedloraError as error:
-            raise FedloraError(
-                f"{error} of client '{stream}' in round {server_round}. Lower client.lr (now {config.client.lr})"
-            ) from error
-        return Result(loss, len(rows), kept)
+        self.model.load(self.initial)
+        self.trainer.hold(self.frozen(record.references))
+        self.model.load(record.private)
 
     def _receive(self, held: Mapping[str, str], content: RecordDict) -> dict[str, str]:
         """Store what came with the message beyond the shared tensors; return the client's new references."""
@@ -207,12 +254,6 @@ class Worker:
             held = self.store.get_shared(before) if "correction" in references else {}
             self.store.put_shared(key, correction.apply_update(held, header, tensors))
         return key
-
-    def _prepare(self, record: ClientRecord, references: Mapping[str, str]) -> None:
-        """Set the model to this client: seeded start, its basis, its base correction, its private tensors."""
-        self.model.load(self.initial)
-        self.hold_frozen(references)
-        self.model.load(record.private)
 
     def _content(self, kind: str, references: Mapping[str, str]) -> dict[str, torch.Tensor]:
         """Shared content of a client, kept in memory while clients refer to the same."""

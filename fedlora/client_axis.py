@@ -1,81 +1,178 @@
 """A client axis for the trained layers of a model: one frozen forward pass over the rows of many clients.
 
-The rows of a batch belong to clients, one after the other. Frozen layers do not care; every trained linear layer (the
-factors of a low-rank adapter, the task head) multiplies each client's rows with that client's weights, in one grouped
-matrix product.
+The rows of a batch belong to clients, one after the other. Frozen layers do not care; a layer with trained tensors
+must use each client's own on that client's rows. There are three ways to do it:
+
+- *grouped*: a linear layer that is trained as a whole (a factor of a low-rank adapter, the task head) multiplies the
+  rows of all clients with their weights in one grouped (for equal rows: batched) matrix product;
+- *segment*: any other PEFT layer runs once for each client, on that client's rows with that client's tensors;
+- *vmap*: where every client has equally few rows, the same as one vectorised call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn import functional
 
+from fedlora.adapters import LowRankAdapter
 from fedlora.model import AdaptedModel
 
-ALIGNED = 4
-"""Inner and outer sizes of a grouped product in fp32 must be multiples of this (16 bytes)."""
+ALIGNED = {torch.float32: 4, torch.bfloat16: 8}
+"""Inner and outer sizes of a grouped product must be multiples of this (16 bytes)."""
+VMAP_TOKENS = 64
+"""Clients with at most this many tokens each, all equally many, are vectorised instead of run one by one."""
 
 
 class ClientAxis:
-    """The trained linear layers of a model and the keys of their weights."""
+    """The layers of a model that hold trained tensors, and how each of them is run for many clients.
+
+    Attributes:
+        grouped: plain linear layers and the keys of their trained weight and bias.
+        whole: PEFT layers that are run client by client, and the keys of their tensors by local name.
+        missing: trained keys that are in no such layer; with one of them there is no client axis.
+        vectorise: whether layers of :attr:`whole` may use ``vmap``.
+    """
 
     def __init__(self, model: AdaptedModel) -> None:
-        """Find the layers; :attr:`missing` has the trained keys that are in no plain linear layer."""
+        """Find the layers of ``model``."""
+        self.model = model
+        self.vectorise = True
         keys = {id(parameter): key for key, parameter in zip(model.trainable, model.parameters(), strict=True)}
-        self.layers: dict[nn.Linear, tuple[str | None, str | None]] = {}
+        self.whole: dict[nn.Module, dict[str, str]] = {}
+        for layer in () if isinstance(model.adapter, LowRankAdapter) else model.layers.values():
+            assert isinstance(layer, nn.Module)
+            named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
+            self.whole[layer] = {name: keys[id(tensor)] for name, tensor in named if id(tensor) in keys}
+        inside = {id(child) for layer in self.whole for child in layer.modules()}
+        self.grouped: dict[nn.Linear, tuple[str | None, str | None]] = {}
         for layer in model.module.modules():
-            if type(layer) is not nn.Linear:
+            if type(layer) is not nn.Linear or id(layer) in inside:
                 continue
             weight, bias = keys.get(id(layer.weight)), keys.get(id(layer.bias))
             if weight is not None or bias is not None:
-                self.layers[layer] = (weight, bias)
-        held = {key for pair in self.layers.values() for key in pair}
+                self.grouped[layer] = (weight, bias)
+        held = {key for pair in self.grouped.values() for key in pair}
+        held |= {key for names in self.whole.values() for key in names.values()}
         self.missing = tuple(key for key in model.trainable if key not in held)
 
     @contextmanager
-    def weights(self, stacked: Mapping[str, Tensor], rows: Tensor) -> Iterator[None]:
+    def weights(self, stacked: Mapping[str, Tensor], rows: Sequence[int]) -> Iterator[None]:
         """Use ``stacked`` ``{key: [clients, ...]}`` inside, for batches in which client c has ``rows[c]`` rows."""
+        shares = _Shares(self.model, rows)
+        pieces = {key: stacked[key].unbind(0) for names in self.whole.values() for key in names.values()}
         try:
-            for layer, (weight, bias) in self.layers.items():
+            for layer, (weight, bias) in self.grouped.items():
                 layer.forward = _grouped(  # type: ignore[method-assign]
-                    layer, None if weight is None else stacked[weight], None if bias is None else stacked[bias], rows
+                    layer, None if weight is None else stacked[weight], None if bias is None else stacked[bias], shares
                 )
+            for layer, names in self.whole.items():
+                layer.forward = _each(layer, names, stacked, pieces, shares, self.vectorise)  # type: ignore
             yield
         finally:
-            for layer in self.layers:
-                del layer.__dict__["forward"]
+            for layer in (*self.grouped, *self.whole):
+                layer.__dict__.pop("forward", None)
 
 
-def _grouped(layer: nn.Linear, weight: Tensor | None, bias: Tensor | None, rows: Tensor):
+class _Shares:
+    """How many leading entries of a layer's input belong to each client."""
+
+    def __init__(self, model: AdaptedModel, rows: Sequence[int]) -> None:
+        self.model = model
+        self.rows = list(rows)
+        self._total = sum(self.rows)
+        self._known: dict[tuple[bool, int], list[int]] = {}
+
+    def of(self, layer: nn.Module, x: Tensor) -> tuple[int, list[int]]:
+        """The dimension of ``x`` along which clients lie, and the size of each client's part of it."""
+        layout = self.model.packer.layout
+        if layout is None or not self.model.packer.inside(layer) or x.shape[0] != 1 or x.ndim < 3:
+            each = x.shape[0] // self._total  # more than 1 where a model splits its rows, as into windows
+            return 0, self.rows if each == 1 else [each * count for count in self.rows]
+        packed = x.shape[1] == layout.tokens
+        key = (packed, x.shape[1])
+        if key not in self._known:
+            lengths = layout.lengths if packed else torch.ones_like(layout.lengths)
+            self._known[key] = [int(part.sum()) for part in lengths.split(self.rows)]
+        return 1, self._known[key]
+
+
+def _grouped(
+    layer: nn.Linear, weight: Tensor | None, bias: Tensor | None, shares: _Shares
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        y = functional.linear(x, layer.weight) if weight is None else grouped_linear(x, weight, rows)
+        axis, counts = shares.of(layer, x)
+        each = x.shape[1 + axis : -1].numel()
+        sizes = [count * each for count in counts]
+        if weight is None:
+            y = functional.linear(x, layer.weight)
+        else:
+            y = grouped_linear(x.reshape(-1, x.shape[-1]), weight, sizes).view(*x.shape[:-1], -1)
         if bias is not None:
-            each = torch.repeat_interleave(bias, rows, dim=0)
-            return y + each.view(len(x), *[1] * (x.ndim - 2), -1)
+            repeats = torch.tensor(sizes, device=x.device)
+            return y + torch.repeat_interleave(bias, repeats, dim=0, output_size=sum(sizes)).view_as(y)
         return y if layer.bias is None else y + layer.bias
 
     return forward
 
 
-def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
     """Multiply each client's rows with its weights.
 
     Args:
-        x: ``[b, ..., n]``, the rows of client 0 first; b is the sum of ``rows``.
+        x: ``[rows, n]``, those of client 0 first.
         weight: ``[clients, m, n]``.
-        rows: rows of each client ``[clients]``; 0 is allowed.
+        sizes: rows of each client; 0 is allowed.
 
     Returns:
-        ``[b, ..., m]``.
+        ``[rows, m]``.
     """
     m, n = weight.shape[1:]
-    flat = functional.pad(x.reshape(-1, n), (0, -n % ALIGNED))
-    padded = functional.pad(weight, (0, -n % ALIGNED, 0, -m % ALIGNED))
-    each = x.shape[1:-1].numel()
-    ends = torch.cumsum(rows * each, 0).to(torch.int32)
-    y = functional.grouped_mm(flat.contiguous(), padded.transpose(1, 2), offs=ends)
-    return y[:, :m].reshape(*x.shape[:-1], m)
+    if min(sizes) == max(sizes):
+        return torch.bmm(x.view(len(sizes), sizes[0], n), weight.transpose(1, 2)).view(-1, m)
+    aligned = ALIGNED[x.dtype]
+    if n % aligned or m % aligned:
+        x = functional.pad(x, (0, -n % aligned))
+        weight = functional.pad(weight, (0, -n % aligned, 0, -m % aligned))
+    ends = torch.tensor(sizes, device=x.device).cumsum(0).to(torch.int32)
+    return functional.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)[:, :m]
+
+
+def _each(
+    layer: nn.Module,
+    names: Mapping[str, str],
+    stacked: Mapping[str, Tensor],
+    pieces: Mapping[str, Sequence[Tensor]],
+    shares: _Shares,
+    vectorise: bool,
+) -> Callable[..., Tensor]:
+    own = layer.forward
+    running = False
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal running
+        if running:  # called by functional_call
+            return own(x, *args, **kwargs)
+        running = True
+        try:
+            axis, counts = shares.of(layer, x)
+            tokens = counts[0] * x.shape[1 + axis : -1].numel()
+            if vectorise and len(counts) > 1 and min(counts) == max(counts) and tokens <= VMAP_TOKENS:
+                parts = x.unflatten(axis, (len(counts), counts[0])).movedim(axis, 0)
+                thetas = {name: stacked[key] for name, key in names.items()}
+                found = vmap(lambda theta, part: functional_call(layer, theta, (part, *args), kwargs))(thetas, parts)
+                return found.movedim(0, axis).flatten(axis, axis + 1)
+            outputs = [
+                functional_call(layer, {name: pieces[key][c] for name, key in names.items()}, (part, *args), kwargs)
+                for c, part in enumerate(x.split(counts, dim=axis))
+            ]
+            return torch.cat(outputs, dim=axis)
+        finally:
+            running = False
+
+    return forward

@@ -18,41 +18,71 @@ from fedlora.adapters import State
 from fedlora.client_axis import ClientAxis
 from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
+from fedlora.errors import FedloraError
 from fedlora.model import AdaptedModel
 from fedlora.tasks import Task
-from fedlora.training import batch_order, steps_for, training_mode
+from fedlora.training import batch_order, steps_for, train_steps, training_mode
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.AdamW
 
 
 @dataclass(frozen=True)
 class Member:
-    """One client of a cohort.
+    """One client of a cohort: all that its training needs beside what is frozen.
 
     Attributes:
-        state: every trained tensor to start from.
+        state: every trained tensor to start from, on the CPU.
         rows: the numbers of its training rows.
-        rng: draws the order of its rows.
+        rng: makes the generator that draws the order of its rows, the same at every call.
+        dropout_seed: draws the adapter's dropout.
         learning_rate: of a step, by its number from 0 and the number of steps.
         moments: the optimiser state to continue from, or empty.
     """
 
     state: State
     rows: np.ndarray
-    rng: np.random.Generator
+    rng: Callable[[], np.random.Generator]
+    dropout_seed: int
     learning_rate: Callable[[int, int], float]
     moments: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a member has become: its state, mean loss, moments if kept, and the first step with a loss not finite."""
+    """What a member has become: its state, its mean loss, its moments if they are kept, and why it failed if it did."""
 
     state: State
     loss: float
     moments: State
-    failed_step: int | None
-    failed_loss: float
+    failure: str | None = None
+
+
+def member_steps(member: Member, settings: ClientConfig) -> int:
+    """Local steps that a member takes."""
+    whole = settings.batch_size * settings.grad_accumulation
+    return steps_for(len(member.rows), whole, settings.local_epochs, settings.local_steps)
+
+
+def train_alone(
+    model: AdaptedModel, task: Task, encoded: EncodedRows, settings: ClientConfig, member: Member
+) -> Trained:
+    """Train one member with the model's own layers and a stock optimiser: the oracle of :func:`train_cohort`."""
+    model.load(member.state)
+    try:
+        loss, moments = train_steps(
+            model,
+            task,
+            encoded,
+            member.rows,
+            settings,
+            member.rng(),
+            member.learning_rate,
+            member.dropout_seed,
+            member.moments,
+        )
+    except FedloraError as error:
+        return Trained({}, math.nan, {}, str(error))
+    return Trained(model.read(model.trainable), loss, moments)
 
 
 def train_cohort(
@@ -65,64 +95,78 @@ def train_cohort(
 ) -> list[Trained]:
     """Train ``members`` on the model's frozen part; equal to training each alone up to the order of sums."""
     whole = settings.batch_size * settings.grad_accumulation
-    steps = [steps_for(len(m.rows), whole, settings.local_epochs, settings.local_steps) for m in members]
-    orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng) for m in members]
-    stacked = {key: torch.stack([m.state[key] for m in members]) for key in model.trainable}
+    steps = [member_steps(member, settings) for member in members]
+    longest_first = sorted(range(len(members)), key=lambda i: -steps[i])  # who has a step left is a prefix
+    members, steps = [members[i] for i in longest_first], [steps[i] for i in longest_first]
+    orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
+    stacked = {key: torch.stack([m.state[key] for m in members]).to(model.device) for key in model.trainable}
     optimizer = _Optimizer(stacked, members, settings)
-    losses = np.full((len(members), max(steps)), np.nan)
+    losses = torch.full((len(members), max(steps)), math.nan, device=model.device)
     model.own_trainables()
     with training_mode(model.module, 0):
         for step in range(max(steps)):
-            batches = [
-                next(order) if step < count else np.zeros(0, int) for order, count in zip(orders, steps, strict=True)
-            ]
-            gradients, found = _gradients(model, axis, task, encoded, stacked, batches, settings.batch_size)
-            active = torch.tensor([step < count for count in steps])
-            losses[active.numpy(), step] = found[active].numpy()
-            rates = torch.tensor([m.learning_rate(min(step, n - 1), n) for m, n in zip(members, steps, strict=True)])
-            optimizer.step(gradients, active, rates)
-    return [
-        _trained({key: value[i] for key, value in stacked.items()}, losses[i, :count], optimizer.moments(i))
+            active = sum(step < count for count in steps)
+            batches = [next(order) for order in orders[:active]]
+            rates = [m.learning_rate(step, n) for m, n in zip(members[:active], steps, strict=False)]
+            leaves = {key: value[:active].detach().requires_grad_() for key, value in stacked.items()}
+            gradients, losses[:active, step] = cohort_gradients(
+                model, axis, task, encoded, leaves, batches, settings.batch_size
+            )
+            optimizer.step(gradients, rates)
+    found = losses.double().cpu().numpy()
+    stacked = {key: value.cpu() for key, value in stacked.items()}
+    trained = [
+        _trained({key: value[i] for key, value in stacked.items()}, found[i, :count], optimizer.moments(i))
         for i, count in enumerate(steps)
     ]
+    return [trained[place] for place in np.argsort(longest_first)]
 
 
 def _trained(state: State, losses: np.ndarray, moments: State) -> Trained:
     odd = np.flatnonzero(~np.isfinite(losses))
-    first = int(odd[0]) if len(odd) else None
-    return Trained(
-        {key: value.clone() for key, value in state.items()},
-        float(losses.mean()),
-        moments,
-        first,
-        math.nan if first is None else float(losses[first]),
-    )
+    if len(odd):
+        return Trained({}, math.nan, {}, f"the loss is {losses[odd[0]]} at local step {odd[0] + 1}")
+    return Trained(state, float(losses.mean()), moments)
 
 
-def _gradients(
+def cohort_gradients(
     model: AdaptedModel,
     axis: ClientAxis,
     task: Task,
     encoded: EncodedRows,
-    stacked: State,
+    leaves: State,
     batches: Sequence[np.ndarray],
     size: int,
 ) -> tuple[State, Tensor]:
-    """Gradients ``{key: [clients, ...]}`` of each client's mean loss over its batch, and those losses ``[clients]``."""
-    leaves = {key: value.detach().requires_grad_() for key, value in stacked.items()}
+    """Gradients of each client's mean loss over its batch.
+
+    Args:
+        model: gives what is frozen.
+        axis: of the model.
+        task: gives the loss.
+        encoded: all rows of the data set.
+        leaves: each client's tensors ``{key: [clients, ...]}``, requiring gradients.
+        batches: the row numbers of each client; never empty.
+        size: rows of each client in one forward pass.
+
+    Returns:
+        The gradients ``{key: [clients, ...]}`` and the mean losses ``[clients]``.
+    """
+    device = model.device
     parts = [[b[start : start + size] for b in batches] for start in range(0, max(map(len, batches)), size)]
-    collated = [task.collate(encoded, np.concatenate(part)) for part in parts]
-    owners = [torch.repeat_interleave(torch.arange(len(part)), torch.tensor([*map(len, part)])) for part in parts]
-    weights = [task.row_weights(batch).to(torch.float32) for batch in collated]
-    totals = torch.zeros(len(batches))
+    collated = [model.to_device(task.collate(encoded, np.concatenate(part))) for part in parts]
+    counts = [[len(rows) for rows in part] for part in parts]
+    owners = [torch.repeat_interleave(torch.arange(len(part)), torch.tensor(part)).to(device) for part in counts]
+    weights = [task.row_weights(batch).to(device, torch.float32) for batch in collated]
+    totals = torch.zeros(len(batches), device=device)
     for owner, weight in zip(owners, weights, strict=True):
         totals.index_add_(0, owner, weight)
     totals = totals.clamp(min=1)
-    losses = torch.zeros(len(batches))
-    for part, batch, owner in zip(parts, collated, owners, strict=True):
-        with axis.weights(leaves, torch.tensor([*map(len, part)])):
+    losses = torch.zeros(len(batches), device=device)
+    for count, batch, owner in zip(counts, collated, owners, strict=True):
+        with axis.weights(leaves, count):
             each = task.row_losses(model.module, batch) / totals[owner]
-        each.sum().backward()
+            each.sum().backward()
         losses.index_add_(0, owner, each.detach())
     gradients = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()}
     return gradients, losses
@@ -135,30 +179,37 @@ class _Optimizer:
         self.stacked, self.settings = stacked, settings
         first = next(iter(stacked))
         self.count = torch.tensor([float(m.moments.get(f"{first}/step", torch.zeros(()))) for m in members])
-        self.first = {key: _stacked(members, key, "exp_avg", value) for key, value in stacked.items()}
-        self.second = {key: _stacked(members, key, "exp_avg_sq", value) for key, value in stacked.items()}
+        self.first: State = {}
+        self.second: State = {}
+        if settings.optimizer == "adamw":
+            self.first = {key: _stacked(members, key, "exp_avg", value) for key, value in stacked.items()}
+            self.second = {key: _stacked(members, key, "exp_avg_sq", value) for key, value in stacked.items()}
 
-    def step(self, gradients: State, active: Tensor, rates: Tensor) -> None:
-        """One step of every ``active`` client at its own rate."""
-        settings, decay = self.settings, self.settings.weight_decay
-        chosen = active.nonzero()[:, 0]
-        scale = torch.ones(len(chosen))
+    def step(self, gradients: State, rates: Sequence[float]) -> None:
+        """One step of the first ``len(rates)`` clients, each at its own rate; ``gradients`` may be overwritten."""
+        settings, active = self.settings, len(rates)
+        device = next(iter(self.stacked.values())).device
         if settings.max_grad_norm is not None:
-            squares = torch.stack([g[chosen].flatten(1).norm(dim=1) for g in gradients.values()])
-            scale = (settings.max_grad_norm / (squares.norm(dim=0) + 1e-6)).clamp(max=1.0)
-        self.count[chosen] += 1
-        lr, count = rates[chosen], self.count[chosen]
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+            scale = (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+            gradients = {key: g * _wide(scale, g) for key, g in gradients.items()}
+        self.count[:active] += 1
+        lr, count = torch.tensor(rates, dtype=torch.float64), self.count[:active].double()
+        sizes = (lr / (1 - BETAS[0] ** count)).float().to(device)
+        roots = (1 - BETAS[1] ** count).sqrt().float().to(device)
+        shrink = (1 - lr * settings.weight_decay).float().to(device)
         for key, value in self.stacked.items():
-            wide = (-1, *[1] * (value.ndim - 1))
-            g, theta, rate = gradients[key][chosen] * scale.view(wide), value[chosen], lr.view(wide)
+            theta, g = value[:active], gradients[key]
             if settings.optimizer == "sgd":
-                value[chosen] = theta - rate * (g + decay * theta)
+                theta.sub_(_wide(lr.float().to(device), g) * (g + settings.weight_decay * theta))
                 continue
-            m = self.first[key][chosen].lerp(g, 1 - BETAS[0])
-            v = BETAS[1] * self.second[key][chosen] + (1 - BETAS[1]) * g.square()
-            self.first[key][chosen], self.second[key][chosen] = m, v
-            corrected = (v.sqrt() / (1 - BETAS[1] ** count).sqrt().view(wide)).add_(EPSILON)
-            value[chosen] = theta * (1 - rate * decay) - rate / (1 - BETAS[0] ** count).view(wide) * m / corrected
+            m, v = self.first[key][:active], self.second[key][:active]
+            m.lerp_(g, 1 - BETAS[0])
+            v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+            if settings.weight_decay:
+                theta.mul_(_wide(shrink, g))
+            corrected = v.sqrt().div_(_wide(roots, g)).add_(EPSILON)
+            theta.sub_(torch.div(m, corrected, out=corrected).mul_(_wide(sizes, g)))
 
     def moments(self, client: int) -> State:
         """What the client keeps, in the form of :func:`fedlora.training.train_steps`."""
@@ -167,11 +218,18 @@ class _Optimizer:
         kept: State = {}
         for key in self.stacked:
             kept[f"{key}/step"] = self.count[client].clone()
-            kept[f"{key}/exp_avg"] = self.first[key][client].clone()
-            kept[f"{key}/exp_avg_sq"] = self.second[key][client].clone()
+            kept[f"{key}/exp_avg"] = self.first[key][client].cpu().clone()
+            kept[f"{key}/exp_avg_sq"] = self.second[key][client].cpu().clone()
         return kept
 
 
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each client ``[clients]``, to be multiplied with ``[clients, ...]``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def _stacked(members: Sequence[Member], key: str, name: str, like: Tensor) -> Tensor:
+    if not any(m.moments for m in members):
+        return torch.zeros_like(like)
     zero = torch.zeros(like.shape[1:])
-    return torch.stack([m.moments.get(f"{key}/{name}", zero) for m in members])
+    return torch.stack([m.moments.get(f"{key}/{name}", zero) for m in members]).to(like.device)

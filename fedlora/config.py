@@ -196,12 +196,14 @@ class EngineConfig(Settings):
         workers: processes beside the main one, for ``flower``.
         threads: CPU threads a process; ``None``: as many as PyTorch takes.
         tokens: tokens in one step of all clients of a cohort together, for ``cohort``.
+        packing: skip padding, and what of the last block nobody reads; the same numbers with less work.
     """
 
     name: Literal["auto", "loop", "cohort", "flower"]
     workers: Annotated[int, Field(ge=0)] | None = None
     threads: Count | None = None
     tokens: Count = 2048
+    packing: bool = True
 
 
 class PrivacyConfig(Settings):

@@ -29,7 +29,7 @@ def row_statistics(
     parts: list[Statistics] = []
     with torch.no_grad():
         for batch in _batches(rows[order], batch_size):
-            parts.append(task.statistics(model.module, task.collate(encoded, batch)))
+            parts.append(task.statistics(model.module, model.to_device(task.collate(encoded, batch))))
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]} if parts else {}
@@ -101,7 +101,7 @@ def loss_gradients(
         weight.requires_grad_(True)
     try:
         for batch in _batches(rows, batch_size):
-            collated = task.collate(encoded, batch)
+            collated = model.to_device(task.collate(encoded, batch))
             (task.loss(model.module, collated) * task.weight(collated)).backward()
         return {
             name: (weight.grad.T if isinstance(bases[name], Conv1D) else weight.grad).clone()  # pyright: ignore

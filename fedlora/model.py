@@ -17,6 +17,7 @@ from fedlora.adapters.injection import inject
 from fedlora.adapters.probe import measured_delta
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
+from fedlora.packing import Packer
 from fedlora.ranks import crop, cut_shapes, pad
 
 
@@ -33,6 +34,7 @@ class AdaptedModel:
         private: trained keys that never leave the client.
         frozen: floating-point keys of the adapter that are not trained and identical on every client.
         head: keys of the task head, wherever it belongs.
+        packer: packs padded batches, once it is told to.
     """
 
     def __init__(self, module: nn.Module, adapter: Adapter, head_modules: Iterable[str], seed: int = 0) -> None:
@@ -48,6 +50,7 @@ class AdaptedModel:
         adapter.check(injected.layers, injected.tensors)
         self.module: nn.Module = injected.tuner.model.eval()
         self.layers = injected.layers
+        self.packer = Packer(self.module)
         trained = tuple(key for key, tensor in injected.tensors.items() if adapter.trains(key, tensor))
         floating = {key: tensor for key, tensor in injected.tensors.items() if tensor.is_floating_point()}
         if strange := [key for key in trained if key not in floating]:
@@ -69,6 +72,20 @@ class AdaptedModel:
     def trainable(self) -> tuple[str, ...]:
         """Every trained key: shared, then private."""
         return self.shared + self.private
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the backbone's blocks; what is trained is fp32 in any case."""
+        return self.packer.dtype if self.packer.blocks is not None else torch.float32
+
+    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the model is."""
+        return {name: values.to(self.device) for name, values in batch.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters in key order."""
@@ -92,8 +109,9 @@ class AdaptedModel:
             raise FedloraError(f"Trainable tensors changed behind adapter '{self.adapter.label}': {', '.join(wrong)}.")
 
     def read(self, keys: Iterable[str]) -> State:
-        """Copy the tensors of ``keys`` out of the model."""
-        return {key: self._tensors[key].detach().clone() for key in keys}
+        """Copy the tensors of ``keys`` out of the model, to the CPU."""
+        copies = {key: self._tensors[key].detach().clone() for key in keys}
+        return {key: copy if copy.is_meta else copy.cpu() for key, copy in copies.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copy ``state`` into the model in place.

@@ -16,6 +16,7 @@ from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
 from fedlora.errors import FedloraError
 from fedlora.model import AdaptedModel
+from fedlora.packing import choose
 from fedlora.tasks import Task
 
 
@@ -73,7 +74,7 @@ def train_steps(
 
 def _backward(model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.ndarray, size: int) -> float:
     """Accumulate the gradient of the mean loss over ``rows``, ``size`` of them at a time; return that mean."""
-    parts = [task.collate(encoded, rows[start : start + size]) for start in range(0, len(rows), size)]
+    parts = [model.to_device(task.collate(encoded, rows[i : i + size])) for i in range(0, len(rows), size)]
     weights = [task.weight(part) for part in parts]
     total = 0.0
     for part, weight in zip(parts, weights, strict=True):
@@ -82,6 +83,27 @@ def _backward(model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.nd
         total += share * float(loss.detach())
         (loss * share if len(parts) > 1 else loss).backward()
     return total
+
+
+def pack_batches(model: AdaptedModel, task: Task, encoded: EncodedRows, sample: np.ndarray) -> str | None:
+    """Let ``model`` skip padding from now on, if its losses and gradients on the rows ``sample`` stay the same.
+
+    Returns:
+        Why it runs padded, or ``None``.
+    """
+    collated = model.to_device(task.collate(encoded, sample))
+
+    def run() -> dict[str, Tensor]:
+        loss = task.loss(model.module, collated)
+        loss.backward()
+        gradients = {f"gradient of {key}": p.grad for key, p in zip(model.trainable, model.parameters(), strict=True)}
+        for parameter in model.parameters():
+            parameter.grad = None
+        return {"loss": loss.detach(), **{key: value for key, value in gradients.items() if value is not None}}
+
+    model.own_trainables()
+    with training_mode(model.module, 0):
+        return choose(model.packer, run, task.pooled)
 
 
 def batch_order(

@@ -58,6 +58,7 @@ class Task(ABC):
         default_metric: the metric that "best" and tables use; higher is better.
         columns: the columns of :func:`fedlora.data.sources.load_rows` that the task reads; the first must be there.
         nested: those of its columns whose values may be lists or arrays.
+        pooled: loss and statistics read one output a row and nothing of the single tokens.
     """
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
@@ -67,6 +68,7 @@ class Task(ABC):
     default_metric: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
     nested: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
         self.config = config

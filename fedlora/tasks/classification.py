@@ -41,6 +41,7 @@ class Classification(Task):
     auto_class = AutoModelForSequenceClassification
     head_modules = ("classifier", "score")
     default_metric = "accuracy"
+    pooled = True
 
     def schema(self, rows: pd.DataFrame) -> Schema:
         """The sorted distinct labels of all rows, as text."""

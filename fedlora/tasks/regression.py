@@ -40,6 +40,7 @@ class Regression(Task):
     auto_class = AutoModelForSequenceClassification
     head_modules = ("classifier", "score")
     default_metric = "spearman"
+    pooled = True
 
     @property
     def settings(self) -> RegressionConfig:

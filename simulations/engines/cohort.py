@@ -1,4 +1,4 @@
-"""The cohort engine: many clients in one batch over one frozen backbone, in this process.
+"""The cohort engine: many clients in one batch over one frozen backbone.
 
 Equal to the loop engine up to the order of sums. Clients that hold the same frozen tensors form cohorts of a size that
 depends on the configuration and the data alone; what has no client axis is trained one client after the other.
@@ -9,22 +9,14 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import numpy as np
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.adapters import LowRankAdapter, State
-from fedlora.client import Job, Result, Worker
-from fedlora.client_axis import ClientAxis
-from fedlora.cohort import Member, train_cohort
+from fedlora.client import Job, Worker
+from fedlora.cohort import Trained, member_steps
 from fedlora.errors import FedloraError
 from fedlora.grid import ClientGrid, error_reply
-from fedlora.schedule import learning_rate
-from fedlora.seeding import numpy_rng
-from fedlora.tasks import Task
-from fedlora.training import steps_for
 
 log = logging.getLogger("fedlora")
 
@@ -37,96 +29,60 @@ class CohortGrid(ClientGrid):
         super().__init__()
         self.worker = worker
         self.on_reply = on_reply
-        self.axis = ClientAxis(worker.model)
-        reason = reason_for_loop(worker, self.axis)
+        self.tokens = tokens
+        reason = worker.share_steps()
         if reason:
             log.info("engine=cohort trains one client after the other: %s", reason)
-        self.size = 1 if reason else _cohort_size(worker, tokens)
-        log.info("cohorts of up to %d clients", self.size)
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
         """Open every request, train cohorts of equal frozen content, and answer in the order of the requests."""
-        if self.size == 1:
-            return [self._alone(request) for request in requests]
         replies: dict[str, Message] = {}
-        groups: dict[tuple[str | None, ...], list[tuple[Job, State]]] = defaultdict(list)
+        jobs: list[Job] = []
         for request in requests:
             try:
-                job = self.worker.open(request)
+                jobs.append(self.worker.open(request))
             except FedloraError as error:
                 replies[request.metadata.message_id] = self._answered(error_reply(request, str(error)))
-                continue
-            frozen = (job.references.get("setup"), job.references.get("correction"))
-            groups[frozen].append((job, self.worker.model.read(self.worker.model.trainable)))
-        for members in groups.values():
-            members.sort(key=lambda member: -self._steps(member[0]))  # who ends together trains together
-            for start in range(0, len(members), self.size):
-                for job, reply in self._train(members[start : start + self.size]):
-                    replies[job.message.metadata.message_id] = self._answered(reply)
+        for cohort in self.cohorts(jobs):
+            self.worker.trainer.hold(self.worker.frozen(cohort[0].references))
+            trained = self.worker.trainer.train([job.member for job in cohort])
+            for job, result in zip(cohort, trained, strict=True):
+                replies[job.message.metadata.message_id] = self._answered(self._closed(job, result))
         return [replies[request.metadata.message_id] for request in requests]
 
-    def _train(self, members: Sequence[tuple[Job, State]]) -> list[tuple[Job, Message]]:
-        worker, config = self.worker, self.worker.federation.config
-        worker.hold_frozen(members[0][0].references)
-        cohort = [
-            Member(
-                state,
-                worker.rows_of(job),
-                numpy_rng(config.seed, "batches", job.server_round, job.client),
-                partial(learning_rate, config.client, job.server_round, config.rounds),
-                job.moments,
-            )
-            for job, state in members
-        ]
-        federation = worker.federation
-        trained = train_cohort(worker.model, self.axis, federation.task, federation.rows, config.client, cohort)
-        answers = []
-        for (job, _), member, result in zip(members, cohort, trained, strict=True):
-            if result.failed_step is not None:
-                reason = (
-                    f"the loss is {result.failed_loss} at local step {result.failed_step + 1} of client "
-                    f"'{job.client}' in round {job.server_round}. Lower client.lr (now {config.client.lr})"
-                )
-                answers.append((job, error_reply(job.message, reason)))
-                continue
-            worker.model.load(result.state)
-            answers.append((job, worker.close(job, Result(result.loss, len(member.rows), result.moments))))
-        return answers
-
-    def _alone(self, request: Message) -> Message:
-        try:
-            return self._answered(self.worker.handle(request))
-        except FedloraError as error:
-            return self._answered(error_reply(request, str(error)))
-
-    def _steps(self, job: Job) -> int:
+    def cohorts(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Jobs that train together: equal frozen content, about equally many steps, ``tokens`` tokens a step."""
+        groups: dict[tuple[str | None, str | None], list[Job]] = defaultdict(list)
+        for job in jobs:
+            groups[job.references.get("setup"), job.references.get("correction")].append(job)
+        cohorts: list[list[Job]] = []
         settings = self.worker.federation.config.client
-        whole = settings.batch_size * settings.grad_accumulation
-        return steps_for(len(self.worker.rows_of(job)), whole, settings.local_epochs, settings.local_steps)
+        for members in groups.values():
+            members.sort(key=lambda job: -member_steps(job.member, settings))  # who ends together trains together
+            room = 0.0
+            for position, job in enumerate(members):
+                each = self._step_tokens(job)
+                if position == 0 or room < each:
+                    cohorts.append([])
+                    room = max(float(self.tokens), each)
+                cohorts[-1].append(job)
+                room -= each
+        return cohorts
+
+    def _step_tokens(self, job: Job) -> float:
+        """Tokens of a step of a client, on average."""
+        federation = self.worker.federation
+        rows = job.member.rows
+        size = min(federation.config.client.batch_size, len(rows))
+        return size * float(federation.rows.lengths(rows).mean())
+
+    def _closed(self, job: Job, trained: Trained) -> Message:
+        try:
+            return self.worker.close(job, trained)
+        except FedloraError as error:
+            return error_reply(job.message, str(error))
 
     def _answered(self, reply: Message) -> Message:
         self.on_reply()
         return reply
-
-
-def reason_for_loop(worker: Worker, axis: ClientAxis) -> str | None:
-    """Why the clients of this run cannot share a batch, or ``None``."""
-    adapter, task = worker.federation.adapter, worker.federation.task
-    if not isinstance(adapter, LowRankAdapter):
-        return f"adapter {adapter.label} has no client axis"
-    if adapter.sizes.dropout:
-        return "adapter.dropout is drawn for each client"
-    if axis.missing:
-        return f"'{axis.missing[0]}' is in no linear layer"
-    if type(task).row_losses is Task.row_losses:
-        return f"task {type(task).__name__} gives no loss a row"
-    return None
-
-
-def _cohort_size(worker: Worker, tokens: int) -> int:
-    """Clients of a cohort: as many as have ``tokens`` tokens in a step, on average."""
-    federation = worker.federation
-    rows = np.concatenate(list(federation.index.train.values()))
-    each = federation.config.client.batch_size * float(federation.rows.lengths(rows).mean())
-    return max(1, round(tokens / each))

@@ -74,8 +74,10 @@ def order_seen(worker: Worker, clients: tuple[str, ...], server_round: int, stre
         for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
             seen.append(ids[mask == 1].tolist())
 
+    member = worker.member(worker.model.read(worker.model.trainable), clients, server_round, stream)
+    trainer = worker.trainer  # before the hook: choosing how to train runs the model on a few rows
     hook = worker.model.module.register_forward_pre_hook(record, with_kwargs=True)
-    worker.train(clients, server_round, stream)
+    trainer.train([member])
     hook.remove()
     return seen
 

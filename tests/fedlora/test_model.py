@@ -59,7 +59,8 @@ def test_a_training_round_moves_all_that_is_trained_and_nothing_else(tiny, tmp_p
     federation.initialise_on_server(model)
     before = {name: value.clone() for name, value in model.module.named_parameters()}
     trained_before = model.read(model.trainable)
-    worker.train([federation.clients[0]], 1, federation.clients[0])
+    client = federation.clients[0]
+    worker.trainer.train([worker.member(trained_before, [client], 1, client)])
     moved = {name for name, value in model.module.named_parameters() if not torch.equal(value, before[name])}
     trained_ids = {id(parameter) for parameter in model.parameters()}
     assert moved == {name for name, value in model.module.named_parameters() if id(value) in trained_ids}
