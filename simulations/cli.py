@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from simulations.benchmark import options as benchmark
+
 DESCRIPTION = """\
 Federated LoRA fine-tuning: simulate, compare, then deploy the same configuration.
 
@@ -19,7 +21,8 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
   fedlora simulate -m method=fedit,ffa seed=1,2 a sweep over all combinations
   fedlora plan --compare                        bytes, parameters and memory before anything runs
   fedlora methods                               what method=... can be
-  fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted"""
+  fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted
+  fedlora bench --only small --scale 0.25       how fast it is on this machine, and against what"""
 
 SETTINGS = """\
 settings (key=value, as in conf/config.yaml):
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if options.command in ("methods", "resume") and overrides:
+    if options.command in ("methods", "resume", "bench") and overrides:
         parser.error(f"'{options.command}' takes no settings, got {overrides[0]!r}")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     working_directory = os.getcwd()
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = command("resume", "finish an interrupted run with the same bits")
     resume.add_argument("run", metavar="RUN", help="the run folder")
     resume.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
+    benchmark.add_arguments(command("bench", benchmark.DESCRIPTION, benchmark.EPILOG))
     return parser
 
 

@@ -103,7 +103,13 @@ def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"simulate": _simulate, "plan": _plan, "methods": _methods, "resume": _resume}
+def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
+    from simulations.benchmark.bench import bench  # only this command needs it
+
+    return bench(options)
+
+
+COMMANDS = {"simulate": _simulate, "plan": _plan, "methods": _methods, "resume": _resume, "bench": _bench}
 
 
 class _NoticeHandler(logging.Handler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from simulations.benchmark.figures import best_peak
@@ -12,17 +13,19 @@ from simulations.benchmark.variants import VARIANTS
 from simulations.tables import human_bytes
 
 HEADER = (
-    "variant", "s/round (min-max)", "clients/s", "tokens/s", "of peak", "memory", "vs loop", "tax: central",
-    "tax: own central", "vs Flower",
+    "variant", "s/round (min-max)", "clients/s", "tokens/s", "of peak", "memory", "vs loop", "tax, central",
+    "tax, own", "vs Flower",
 )  # fmt: skip
 LEGEND = """\
 *s/round*: median, least and most of the repeats. In each repeat every variant trains one round in turn while the
 processes of all others are stopped. *of peak*: 4 x P x tokens FLOPs by the time and by the fp32 matrix-product peak
-measured here (by the bf16 peak after the stroke), tokens without padding: above 100 % where work is skipped. *memory*:
-peak resident memory after the warm-up, summed over the processes of a variant. *vs loop*: times as fast as the loop
-with as many processes. *tax*: how much longer than central fine-tuning (plain PEFT at its best batch size; ours with
-the same packing and precision). *vs Flower*: times as fast as Flower's simulation with cached models. Ratios are
-medians of the quotients within each repeat."""
+measured here (by the bf16 peak after the stroke), tokens without padding: above 100 % where work is skipped.
+*memory*: peak resident memory after the warm-up, summed over the processes of a variant. *vs loop*: times as fast as
+the padded loop with as many processes. *tax*: how much longer than central fine-tuning (plain PEFT at its best batch
+size; ours with the same packing and precision). *vs Flower*: times as fast as Flower's simulation with cached models.
+Ratios are medians of the quotients within each repeat."""
+QUIET = 0.05
+"""Share of the cores that everything else may use before the times mean little."""
 
 
 def header(document: Mapping[str, Any]) -> str:
@@ -40,22 +43,21 @@ def header(document: Mapping[str, Any]) -> str:
 
 def console_table(item: Mapping[str, Any]) -> Table:
     """The table of one workload."""
-    table = Table(title=f"{item['workload']}: {item['described']}", title_justify="left")
+    table = Table(title=f"{item['workload']}: {item['described']}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column(HEADER[0], no_wrap=True)
     for name in HEADER[1:]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows(item["figures"]):
         table.add_row(*row)
     return table
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """A whole section: header, and for each workload its table, its peak and its losses."""
+    """A whole section: header, for each workload its table, peak and losses, and what the words mean."""
     parts = [f"## {document['date']}", header(document)]
     for item in document["workloads"]:
-        lines = [f"### {item['workload']}", item["described"], pipe_table(rows(item["figures"])), notes(item)]
-        parts += [lines[0], lines[1], lines[2], lines[3]]
-    return "\n\n".join([*parts, LEGEND]) + "\n"
+        parts += [f"### {item['workload']}", item["described"], pipe_table(rows(item["figures"])), notes(item)]
+    return "\n\n".join([*parts, LEGEND, variants_listed(document)]) + "\n"
 
 
 def pipe_table(lines: Sequence[Sequence[str]]) -> str:
@@ -96,7 +98,8 @@ def notes(item: Mapping[str, Any]) -> str:
     spread = ", ".join(f"{when} {peak['fp32'] / 1e9:.0f}" for when, peak in item["peaks"].items())
     lines = [
         f"- Peak: {fp32:.0f} GFLOP/s in fp32 ({spread}), {bf16:.0f} in bf16.",
-        f"- Everything else on the machine used at most {others:.0%} of its cores during a round.",
+        f"- Everything else on the machine used at most {others:.0%} of its cores during a round"
+        + (". **Too much: these times mean little.**" if others > QUIET else "."),
         *(f"- {_loss(line)}" for line in measured),
         *(f"- `{line['name']}` failed: {line['error']}" for line in item["figures"] if "error" in line),
     ]
@@ -112,9 +115,14 @@ def _loss(line: Mapping[str, Any]) -> str:
     return f"{moved}; from `{loss['same_as']}` by at most {loss['difference']:.1e} of {loss['allowed']:.0e}: {verdict}."
 
 
-def variants_listed() -> str:
-    """Name and meaning of every variant."""
-    return "\n".join(f"  {variant.name:18}{variant.about}" for variant in VARIANTS)
+def variants_listed(document: Mapping[str, Any]) -> str:
+    """What each variant of a document is, and the settings of ours."""
+    measured = {line["name"] for item in document["workloads"] for line in item["figures"]}
+    lines = []
+    for variant in VARIANTS:
+        settings = f": `{' '.join(variant.overrides)}`" if variant.overrides else ""
+        lines += [f"- `{variant.name}`: {variant.about}{settings}"] if variant.name in measured else []
+    return "\n".join(lines)
 
 
 def _times(value: float | None) -> str:

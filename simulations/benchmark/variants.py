@@ -27,7 +27,7 @@ class Variant:
         about: what it is, in a few words.
         overrides: settings of ours, as ``fedlora simulate`` takes them.
         processes: training processes.
-        packed: whether padding and unused rows are dropped.
+        packed: whether padding, and rows of the last layer that nobody reads, are dropped.
         precision: of the frozen products.
         rebuild: ``flower``: build the model in every call.
         same_loss_as: the variant whose mathematics it shares, so that its losses must be the same.
@@ -44,26 +44,30 @@ class Variant:
     same_loss_as: str = "loop"
 
 
-ONE, TWO = "engine.threads=2", "engine.threads=1"
 PACKED, PADDED = "engine.packing=true", "engine.packing=false"
-COHORT = ("engine=cohort", "engine.workers=0", ONE)
-COHORT_TWO = ("engine=cohort", "engine.workers=2", TWO)
-CENTRAL = ("method=central", *COHORT, PACKED)
+LOOP, LOOP_TWO, COHORT, COHORT_TWO = (
+    (f"engine={name}", f"engine.workers={workers}", f"engine.threads={threads}")
+    for name in ("loop", "cohort")
+    for workers, threads in ((0, THREADS), (THREADS, 1))
+)
+CENTRAL = ("method=central", *LOOP, PACKED)
+BF16 = "precision=bf16"
 
 VARIANTS = (
     Variant("central", "plain_central", "PEFT and transformers on the pooled rows, best batch", same_loss_as="central"),
-    Variant("loop", "federated", "one client after the other", ("engine=loop", ONE)),
-    Variant("loop-x2", "federated", "the same in two processes", ("engine=loop", "engine.workers=2", TWO), 2),
-    Variant("cohort-padded", "federated", "clients share a batch", (*COHORT, PADDED)),
-    Variant("cohort", "federated", "clients share a packed batch", (*COHORT, PACKED), packed=True),
-    Variant("cohort-x2-padded", "federated", "in two processes", (*COHORT_TWO, PADDED), 2),
-    Variant("cohort-x2", "federated", "packed, in two processes", (*COHORT_TWO, PACKED), 2, True),
-    Variant("cohort-bf16", "federated", "packed, bf16", (*COHORT, PACKED, "precision=bf16"), 1, True, "bf16"),
-    Variant("own-central", "own_central", "packed, pooled rows, best batch", CENTRAL, 1, True, same_loss_as="central"),
-    Variant(
-        "own-central-bf16", "own_central", "packed, pooled rows, best batch, bf16", (*CENTRAL, "precision=bf16"), 1,
-        True, "bf16", same_loss_as="central",
-    ),
+    Variant("loop", "federated", "one client after the other, padded", (*LOOP, PADDED)),
+    Variant("loop-packed", "federated", "one client after the other", (*LOOP, PACKED), packed=True),
+    Variant("loop-x2", "federated", "padded, in two processes", (*LOOP_TWO, PADDED), 2),
+    Variant("loop-x2-packed", "federated", "in two processes", (*LOOP_TWO, PACKED), 2, True),
+    Variant("cohort-padded", "federated", "clients share a padded batch", (*COHORT, PADDED)),
+    Variant("cohort", "federated", "clients share a batch", (*COHORT, PACKED), packed=True),
+    Variant("cohort-x2-padded", "federated", "padded, in two processes", (*COHORT_TWO, PADDED), 2),
+    Variant("cohort-x2", "federated", "clients share a batch, in two processes", (*COHORT_TWO, PACKED), 2, True),
+    Variant("cohort-bf16", "federated", "clients share a batch, bf16", (*COHORT, PACKED, BF16), 1, True, "bf16"),
+    Variant("own-central", "own_central", "our own code on the pooled rows, best batch", CENTRAL, 1, True,
+            same_loss_as="central"),
+    Variant("own-central-bf16", "own_central", "the same in bf16", (*CENTRAL, BF16), 1, True, "bf16",
+            same_loss_as="central"),
     Variant("flower", "flower", "Flower simulation, two actors, model cached", processes=2),
     Variant("flower-rebuilt", "flower", "the same, model built in every call", processes=2, rebuild=True),
 )  # fmt: skip
@@ -89,9 +93,6 @@ def loop_of(variant: Variant) -> str:
 
 def own_central_of(variant: Variant) -> str | None:
     """Our central training with the same packing and precision, if it is measured."""
-    same = [v.name for v in VARIANTS if v.kind == "own_central" and (v.packed, v.precision) == _how(variant)]
+    how = (variant.packed, variant.precision)
+    same = [v.name for v in VARIANTS if v.kind == "own_central" and (v.packed, v.precision) == how]
     return same[0] if same and variant.kind == "federated" else None
-
-
-def _how(variant: Variant) -> tuple[bool, str]:
-    return variant.packed, variant.precision

@@ -13,6 +13,7 @@ import pytest
 
 from simulations.benchmark import processes
 from simulations.benchmark.variants import VARIANTS
+from simulations.cli import main
 
 TINY = ["--grid", "--clients", "3", "--rows", "2", "--lengths", "16", "--steps", "2", "--backbones", "2x32"]
 
@@ -35,11 +36,20 @@ def test_every_variant_runs_each_round_once_and_trains_the_same(tmp_path: Path) 
     assert "| loop |" in (tmp_path / "R.md").read_text()
 
 
-def test_an_unknown_name_is_bad_input() -> None:
+def test_an_unknown_name_is_bad_input(capfd: pytest.CaptureFixture[str]) -> None:
     done = bench("--variants", "lop")
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
     assert "Did you mean 'loop'?" in done.stderr
     assert "Traceback" not in done.stderr
+    assert main(["bench", "--only", "smal"]) == 2
+    assert "There is no workload 'smal'" in capfd.readouterr().err
+
+
+def test_settings_are_refused_because_the_workload_says_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "client.lr=1"])
+    assert stop.value.code == 2
+    assert "takes no settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow
