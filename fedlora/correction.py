@@ -106,7 +106,7 @@ class CorrectionLog:
             for module, residual in self.recent[version].items():
                 ranks[module] += residual.factored_size()
             if all(ranks[module] >= residual.dense_size() for module, residual in residuals.items()):
-                for old in [v for v in self.recent if v < version]:
+                for old in [v for v in self.recent if v <= version]:
                     del self.recent[old]
                 break
 

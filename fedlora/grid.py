@@ -7,12 +7,14 @@ cohort, whose node id is a hash of its client id, so any Flower strategy works a
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -39,6 +41,18 @@ def error_reply(request: Message, reason: str) -> Message:
 def reason_of(reply: Message) -> str:
     """Why a client failed."""
     return reply.error.reason or "no reason given"
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Work that makes many objects and no garbage: Python's collector would search the whole heap meanwhile."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class ClientGrid(Grid):
@@ -122,10 +136,17 @@ class GridLayer(ClientGrid):
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
         """Send what :meth:`down` makes of each request, and make replies with :meth:`up`."""
-        lower = [self.down(request) for request in requests]
+        with collector_paused():
+            lower = [self.down(request) for request in requests]
         replies = {r.metadata.reply_to_message_id: r for r in self.inner.exchange(lower, timeout)}
-        pairs = ((request, replies.get(request.metadata.message_id)) for request in lower)
-        return [self.up(request, reply) for request, reply in pairs if reply is not None]
+        changed = []
+        with collector_paused():
+            for request in lower:
+                # Taken out, so that a reply is gone once `up` has made another one of it: never two of every client's.
+                reply = replies.pop(request.metadata.message_id, None)
+                if reply is not None:
+                    changed.append(self.up(request, reply))
+        return changed
 
     def down(self, request: Message) -> Message:
         """Change a message on its way to the client."""
@@ -148,18 +169,25 @@ class CodecGrid(GridLayer):
         super().__init__(inner)
         self.layout = layout
         self.dtype = dtype
-        self._packed: tuple[ArrayRecord, dict[tuple[Any, ...], ArrayRecord]] | None = None
+        self._packed: dict[tuple[Any, ...], tuple[ArrayRecord, ArrayRecord]] = {}
         self._sent = 0
 
+    def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
+        """Pack what is sent to many clients once."""
+        try:
+            return super().exchange(requests, timeout)
+        finally:
+            self._packed.clear()
+
     def down(self, request: Message) -> Message:
-        """Pack the arrays (once for all clients with the same layout) and address the message to its client."""
+        """Pack the arrays (a record once for all clients of one layout) and address the message to its client."""
         content = RecordDict()
         client = self.client_of(request.metadata.dst_node_id)
         for name, record in request.content.items():
             if isinstance(record, ArrayRecord):
-                record = self._pack(record, self.layout(client)) if name == "arrays" else _packed_fp32(record)
+                record = self._pack(record, self.layout(client) if name == "arrays" else None)
             content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
-        content.config_records["config"]["client-id"] = client
+        cast(ConfigRecord, content["config"])["client-id"] = client
         packed = Message(content, request.metadata.dst_node_id, request.metadata.message_type)
         self._sent += 1
         for message in (request, packed):
@@ -174,37 +202,39 @@ class CodecGrid(GridLayer):
         try:
             _check_metrics(content)
             if "arrays" in request.content or "arrays" in content:
-                content["arrays"] = wire.to_record(self._unpack(content, self.client_of(request.metadata.dst_node_id)))
+                state = self._unpack(content, self.client_of(request.metadata.dst_node_id))
+                content["arrays"] = wire.TensorRecord(state)
         except FedloraError as error:
             return error_reply(request, f"refused reply: {error}")
         return Message(content, reply_to=request)
 
     def _unpack(self, content: RecordDict, client: str) -> dict[str, Tensor]:
-        record = content.array_records.get("arrays")
-        if record is None:
+        record = content.get("arrays")
+        if not isinstance(record, ArrayRecord):
             raise FedloraError("it holds no arrays")
-        state = wire.unpack(record, self.layout(client), self.dtype)
-        broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
-        if broken:
-            raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
+        layout = self.layout(client)
+        flat = wire.numbers(record, layout, self.dtype)
+        state = wire.views(flat, layout)
+        if not bool(flat.sum().isfinite()):  # or the numbers are only large
+            broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
+            if broken:
+                raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
         return state
 
-    def _pack(self, record: ArrayRecord, layout: wire.Layout) -> ArrayRecord:
-        if self._packed is None or self._packed[0] is not record:
-            self._packed = (record, {})
-        packed, key = self._packed[1], tuple(layout.values())
-        if key not in packed:
-            packed[key] = wire.pack(crop(wire.from_record(record), layout), self.dtype)
-        return packed[key]
-
-
-def _packed_fp32(record: ArrayRecord) -> ArrayRecord:
-    return wire.pack(wire.from_record(record), "fp32")
+    def _pack(self, record: ArrayRecord, layout: wire.Layout | None) -> ArrayRecord:
+        """``record`` cropped to ``layout`` in the wire dtype, or whole in fp32 where there is no layout."""
+        key = (id(record), None if layout is None else tuple(layout.values()))
+        if key not in self._packed:
+            state = wire.from_record(record)
+            packed = wire.pack(state) if layout is None else wire.pack(crop(state, layout), self.dtype)
+            self._packed[key] = (record, packed)  # the record too: another one must not get its id
+        return self._packed[key][1]
 
 
 def _check_metrics(content: RecordDict) -> None:
     """Refuse a reply without a number of examples that can be a weight, or without a finite loss."""
-    metrics = content.metric_records.get("metrics", {})
+    record = content.get("metrics")
+    metrics = record if isinstance(record, MetricRecord) else {}
     examples, loss = metrics.get("num-examples"), metrics.get("train_loss")
     if not isinstance(examples, int) or examples < 1:
         raise FedloraError(f"num-examples is {examples!r}, not a positive integer")
@@ -251,14 +281,16 @@ class MeterGrid(GridLayer):
         return reply
 
     def _record(self, request: Message, message: Message, direction: str, status: str = "ok") -> None:
-        records = message.content.array_records if message.has_content() else {}
+        content = message.content if message.has_content() else {}
+        sizes = {name: wire.tensor_bytes(r) for name, r in content.items() if isinstance(r, ArrayRecord)}
+        setup = sizes.pop("setup", 0)
         self.ledger.add(
             Entry(
                 round=self.server_round,
                 client=self.client_of(request.metadata.dst_node_id),
                 direction=direction,
-                payload=sum(wire.tensor_bytes(record) for name, record in records.items() if name != "setup"),
-                setup=sum(wire.tensor_bytes(record) for name, record in records.items() if name == "setup"),
+                payload=sum(sizes.values()),
+                setup=setup,
                 message=wire.message_bytes(message),
                 status=status.splitlines()[0][:200],
             )

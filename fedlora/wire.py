@@ -8,14 +8,17 @@ limit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from functools import lru_cache
 from math import prod
+from typing import Any, Self
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message
-from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+from flwr.common.serde_utils import error_to_proto, metadata_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedlora.errors import FedloraError
 
@@ -35,7 +38,16 @@ def pack(state: Mapping[str, torch.Tensor], dtype: str = "fp32") -> ArrayRecord:
 
 
 def unpack(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> dict[str, torch.Tensor]:
-    """Return the fp32 tensors of ``layout`` from a packed record.
+    """Return the fp32 tensors of ``layout`` from a packed record: views of one buffer of their own.
+
+    Raises:
+        FedloraError: the record is not packed, or its type or size does not match the layout.
+    """
+    return views(numbers(record, layout, dtype), layout)
+
+
+def numbers(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> torch.Tensor:
+    """Return a copy of all numbers of a packed record in fp32, shape ``[numbers of layout]``.
 
     Raises:
         FedloraError: the record is not packed, or its type or size does not match the layout.
@@ -45,24 +57,114 @@ def unpack(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> dict[str
         raise FedloraError(f"expected one packed array, got arrays {sorted(record)}")
     if array.dtype != _NAMES[dtype]:
         raise FedloraError(f"expected wire.dtype {dtype}, got {array.dtype}")
-    sizes = [prod(shape) for shape in layout.values()]
-    expected = sum(sizes) * DTYPES[dtype].itemsize
+    expected = sum(map(prod, layout.values())) * DTYPES[dtype].itemsize
     if len(array.data) != expected:
         raise FedloraError(f"expected {expected} bytes for {len(layout)} tensors, got {len(array.data)}")
     if expected == 0:
-        return {key: torch.zeros(shape) for key, shape in layout.items()}
-    flat = torch.frombuffer(bytearray(array.data), dtype=DTYPES[dtype]).float()
-    pieces = flat.split(sizes)
+        return torch.zeros(0)
+    return torch.from_numpy(np.frombuffer(array.data, dtype=np.uint8).copy()).view(DTYPES[dtype]).float()
+
+
+def views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """Return the tensors of ``layout`` that lie one after the other in ``flat``; they share its memory."""
+    pieces = flat.split([prod(shape) for shape in layout.values()]) if layout else ()
     return {key: piece.view(shape) for (key, shape), piece in zip(layout.items(), pieces, strict=True)}
 
 
+class TensorRecord(ArrayRecord):
+    """An ordinary record that holds tensors and makes Flower's arrays of them when somebody asks for one.
+
+    An array costs a copy through NumPy's file format, in and out, which strategies of ours can do without: they read
+    the tensors by :func:`from_record`. Names are known without arrays; whatever else is asked of it, a copy or a pickle
+    included, makes the arrays, and from then on it is a record like any other.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hold ``tensors`` as they are, without a copy."""
+        super().__init__()
+        self.__dict__["_tensors"] = dict(tensors)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor] | None:
+        """What it was made of, or ``None`` once it holds arrays."""
+        return self.__dict__["_tensors"]
+
+    def _arrays(self) -> dict[str, Array]:
+        data: dict[str, Array] = self.__dict__["_data"]
+        if self.tensors is not None:
+            for key, tensor in self.tensors.items():
+                data[key] = Array(np.asarray(tensor.detach().cpu().numpy(), order="C"))
+            self.__dict__["_tensors"] = None
+        return data
+
+    def __getitem__(self, item: str) -> Array:
+        return self._arrays()[item]
+
+    def __setitem__(self, key: str, value: Array) -> None:
+        self._arrays()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        del self._arrays()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def __repr__(self) -> str:
+        return repr(self._arrays())
+
+    def __eq__(self, other: object) -> bool:
+        self._arrays()
+        if isinstance(other, TensorRecord):
+            other._arrays()
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]  as of every record: it can change
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._arrays()
+        return self.__dict__
+
+    def keys(self) -> KeysView[str]:
+        """The names, without making arrays."""
+        return (self._arrays() if self.tensors is None else self.tensors).keys()
+
+    def values(self) -> ValuesView[Array]:
+        """The arrays."""
+        return self._arrays().values()
+
+    def items(self) -> ItemsView[str, Array]:
+        """Names and arrays."""
+        return self._arrays().items()
+
+    def copy(self) -> Self:
+        """A shallow copy."""
+        copied = type(self)({})
+        copied.__dict__.update(_data=self._arrays().copy(), _tensors=None)
+        return copied
+
+    def deflate(self) -> bytes:
+        """Its serialised form, under the name of the class that Flower makes of it again."""
+        plain = ArrayRecord()
+        plain.__dict__["_data"] = self._arrays()
+        return plain.deflate()
+
+
 def to_record(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Ordinary Flower arrays, as strategies see them."""
-    return ArrayRecord({key: Array(np.asarray(tensor.cpu().numpy(), order="C")) for key, tensor in state.items()})
+    """An ordinary record of a copy of ``state``, as strategies see it."""
+    return TensorRecord({key: tensor.detach().cpu().clone() for key, tensor in state.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    """Tensors of an ordinary (unpacked) record."""
+    """Tensors of an ordinary (unpacked) record; they may share its memory."""
+    if isinstance(record, TensorRecord) and record.tensors is not None:
+        return dict(record.tensors)
     return {key: torch.from_numpy(np.array(array.numpy())) for key, array in record.items()}
 
 
@@ -77,29 +179,20 @@ def message_bytes(message: Message) -> int:
     Computed from shapes without hashing the tensors, which is what makes it cheap. Flower would store byte-identical
     arrays of one message once; packed records are never identical to each other.
     """
-    size = _object_bytes(
-        "Message", int(message.has_content()), len(_body(remove_content_from_message(message).deflate()))
-    )
+    metadata = metadata_to_proto(message.metadata)
+    metadata.message_id = ""
+    error = error_to_proto(message.error) if message.has_error() else None
+    size = _object_bytes("Message", int(message.has_content()), ProtoMessage(metadata=metadata, error=error).ByteSize())
     if not message.has_content():
         return size
     content = message.content
-    size += _references("RecordDict", list(content))
+    size += _references("RecordDict", tuple(content))
     for record in content.values():
         if not isinstance(record, ArrayRecord):
             size += len(record.deflate())
             continue
-        size += _references("ArrayRecord", list(record))
-        for array in record.values():
-            chunks = max(-(-len(array.data) // CHUNK_BYTES), 1 if array.data else 0)
-            description = {
-                "dtype": array.dtype,
-                "shape": array.shape,
-                "stype": array.stype,
-                "arraychunk_ids": list(range(chunks)),
-            }
-            size += _object_bytes("Array", chunks, len(json.dumps(description)))
-            for start in range(0, len(array.data), CHUNK_BYTES):
-                size += _object_bytes("ArrayChunk", 0, min(CHUNK_BYTES, len(array.data) - start))
+        size += _references("ArrayRecord", tuple(record))
+        size += sum(_array_bytes(array.dtype, array.shape, array.stype, len(array.data)) for array in record.values())
     return size
 
 
@@ -111,9 +204,15 @@ def _object_bytes(kind: str, children: int, body: int) -> int:
     return len(kind) + 1 + max(children * (_ID_LENGTH + 1) - 1, 0) + 1 + len(str(body)) + 1 + body
 
 
-def _references(kind: str, names: list[str]) -> int:
+@lru_cache(maxsize=256)
+def _references(kind: str, names: tuple[str, ...]) -> int:
     return _object_bytes(kind, len(names), len(json.dumps(dict.fromkeys(names, "0" * _ID_LENGTH))))
 
 
-def _body(serialised: bytes) -> bytes:
-    return serialised[serialised.index(b"\x00") + 1 :]
+@lru_cache(maxsize=256)
+def _array_bytes(dtype: str, shape: tuple[int, ...], stype: str, length: int) -> int:
+    """Size of an array of ``length`` bytes and of its chunks."""
+    chunks = [min(CHUNK_BYTES, length - start) for start in range(0, length, CHUNK_BYTES)]
+    description = {"dtype": dtype, "shape": shape, "stype": stype, "arraychunk_ids": list(range(len(chunks)))}
+    own = _object_bytes("Array", len(chunks), len(json.dumps(description)))
+    return own + sum(_object_bytes("ArrayChunk", 0, chunk) for chunk in chunks)

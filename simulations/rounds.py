@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from flwr.app import ConfigRecord, Message
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedlora import wire
 from fedlora.adapters import State
 from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
-from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, reason_of
+from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
 from fedlora.ledger import Ledger
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from simulations import checkpoint
@@ -23,7 +24,7 @@ from simulations.callbacks import Callback
 from simulations.evaluator import Evaluation, Evaluator
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, weights
+from strategies.base import FederatedStrategy, exact_mean, weights
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
 log = logging.getLogger("fedlora")
@@ -88,7 +89,7 @@ class FederatedRun:
 
     def _round(self, server_round: int, grid: ClientGrid) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        with self._clock("select"):
+        with self._clock("select"), collector_paused():
             chosen = cohort(self.config, self.federation.clients, server_round)
             grid.begin_round(server_round, chosen)
             before = wire.to_record(self.state)
@@ -97,12 +98,13 @@ class FederatedRun:
         with self._clock("train"):
             replies = list(grid.send_and_receive(messages))
         failures = self._failures(server_round, chosen, replies, grid)
-        with self._clock("aggregate"):
-            returned = self._returned(replies)
+        with self._clock("aggregate"), collector_paused():
+            expected = self._expected(replies)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 self.state = wire.from_record(arrays)
-            error = self._aggregation_error(returned if arrays is not None else [])
+            error = self._aggregation_error(expected if arrays is not None else None)
+        del replies, messages  # no longer held while the round is evaluated
         loss = None if metrics is None else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
 
@@ -119,22 +121,34 @@ class FederatedRun:
             raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
         return failed
 
-    def _returned(self, replies: list[Message]) -> list[tuple[State, int]]:
-        """Own copies of what came back, and the examples behind it: some Flower strategies consume their replies."""
-        return [
-            (wire.from_record(arrays), int(cast(int, reply.content.metric_records["metrics"]["num-examples"])))
-            for reply in replies
-            if not reply.has_error() and (arrays := reply.content.array_records.get("arrays")) is not None
-        ]
+    def _expected(self, replies: list[Message]) -> dict[str, LowRank] | None:
+        """The exact mean of the clients' dW, in fp64; ``None`` where there is none to compare with.
 
-    def _aggregation_error(self, returned: list[tuple[State, int]]) -> float | str:
+        Where dW is affine by its formula it is the dW of the mean, which costs least.
+        Taken before the strategy sees the replies: some consume them, and one that changes them must not be measured
+        against its own changes. Nothing of them is kept.
+        """
+        if self.ours is not None and self.ours.exact is None:
+            return None
+        contents = [r.content for r in replies if not r.has_error() and "arrays" in r.content]
+        if not contents:
+            return None
+        examples = [int(cast(int, cast(MetricRecord, content["metrics"])["num-examples"])) for content in contents]
+        shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
+        affinity = self.worker.model.affinity
+        if affinity.affine and affinity.error is None:
+            states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
+            mean = exact_mean(states, shares, [key for key in states[0] if key not in self.worker.model.head])
+            return self.worker.model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
+        deltas = (self._delta(wire.from_record(cast(ArrayRecord, content["arrays"]))) for content in contents)
+        return weighted_mean(deltas, shares, torch.float64)
+
+    def _aggregation_error(self, expected: dict[str, LowRank] | None) -> float | str:
         """The error of this round, or the reason why it has no meaning."""
         if self.ours is not None and self.ours.exact is None:
             return "no aggregation"
-        if not returned:
+        if expected is None:
             return "no replies"
-        shares = weights([count for _, count in returned], self.ours.weighting if self.ours is not None else "examples")
-        expected = weighted_mean([self._delta(state) for state, _ in returned], shares)
         actual = self._delta(self.state)
         if self.ours is not None:
             for module, residual in self.ours.residual().items():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -87,6 +88,7 @@ class FederatedStrategy(Strategy):
         self.weighting = weighting
         self._state: State = {}
         self._asked: dict[int, str] = {}
+        self._corrections: dict[tuple[tuple[str, int], ...], ArrayRecord] = {}
 
     # What a method implements ------------------------------------------------------------------------------------
 
@@ -142,8 +144,9 @@ class FederatedStrategy(Strategy):
 
     def begin(self, arrays: ArrayRecord) -> None:
         """Start a round from the global state."""
-        self._state = wire.from_record(arrays)
+        self._state = {key: tensor.clone() for key, tensor in wire.from_record(arrays).items()}
         self._asked = {}
+        self._corrections = {}
 
     def _message(
         self, client: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: ClientGrid
@@ -154,12 +157,20 @@ class FederatedStrategy(Strategy):
             content["arrays"] = arrays if outgoing.state is self._state else wire.to_record(outgoing.state)
         instructions = {**config, "server-round": server_round, **outgoing.instructions}
         if outgoing.correction is not None:
-            content["correction"] = wire.to_record(outgoing.correction.tensors())
+            content["correction"] = self._record_of(outgoing.correction)
             instructions["correction"] = outgoing.correction.header()
         content["config"] = ConfigRecord(instructions)
         node = grid.address(client)
         self._asked[node] = client
         return Message(content, node, MessageType.TRAIN)
+
+    def _record_of(self, correction: CorrectionUpdate) -> ArrayRecord:
+        """The arrays of a correction: one record for all clients of a round that get the very same tensors."""
+        tensors = correction.tensors()
+        key = tuple((name, id(tensor)) for name, tensor in tensors.items())
+        if key not in self._corrections:
+            self._corrections[key] = wire.TensorRecord(tensors)  # holds them, so that no other gets their id
+        return self._corrections[key]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -177,17 +188,18 @@ class FederatedStrategy(Strategy):
     def replies(self, messages: Iterable[Message]) -> list[Reply]:
         """Usable messages as :class:`Reply`, with weights by examples or uniform."""
         contents = [(message, message.content) for message in messages if not message.has_error()]
-        examples = [int(cast(int, content.metric_records["metrics"]["num-examples"])) for _, content in contents]
+        metrics = [cast(MetricRecord, content["metrics"]) for _, content in contents]
+        examples = [int(cast(int, record["num-examples"])) for record in metrics]
         shares = weights(examples, self.weighting)
         return [
             Reply(
                 client=self._asked[message.metadata.src_node_id],
-                state=wire.from_record(content.array_records["arrays"]) if "arrays" in content else {},
+                state=wire.from_record(cast(ArrayRecord, content["arrays"])) if "arrays" in content else {},
                 examples=count,
                 weight=share,
-                loss=float(cast(float, content.metric_records["metrics"]["train_loss"])),
+                loss=float(cast(float, record["train_loss"])),
             )
-            for (message, content), count, share in zip(contents, examples, shares, strict=True)
+            for (message, content), record, count, share in zip(contents, metrics, examples, shares, strict=True)
         ]
 
     def configure_evaluate(
@@ -212,13 +224,21 @@ def weights(examples: Sequence[int], weighting: str) -> list[float]:
 
 
 def weighted_mean(replies: Sequence[Reply], keys: Iterable[str] | None = None) -> State:
-    """sum_k p_k theta_k of every shared tensor, or of ``keys``, summed in cohort order."""
-    total: State = {}
-    for key in replies[0].state if keys is None else keys:
-        total[key] = replies[0].weight * replies[0].state[key]
-        for reply in replies[1:]:
-            total[key] = total[key] + reply.weight * reply.state[key]
-    return total
+    """sum_k p_k theta_k of every shared tensor, or of ``keys``, summed in cohort order in fp64 and rounded once."""
+    keys = list(replies[0].state if keys is None else keys)
+    mean = exact_mean([reply.state for reply in replies], [reply.weight for reply in replies], keys)
+    return {key: value.to(replies[0].state[key].dtype) for key, value in mean.items()}
+
+
+def exact_mean(states: Sequence[State], shares: Sequence[float], keys: Iterable[str]) -> State:
+    """sum_k p_k theta_k of ``keys`` in fp64, summed in the order of ``states``."""
+    mean: State = {}
+    for key in keys:
+        total = torch.zeros_like(states[0][key], dtype=torch.float64)
+        for state, share in zip(states, shares, strict=True):
+            total.add_(state[key], alpha=share)
+        mean[key] = total
+    return mean
 
 
 def require_lora(model: AdaptedModel, strategy: str, why: str) -> Lora:

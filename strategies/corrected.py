@@ -21,17 +21,24 @@ class CorrectedStrategy(FederatedStrategy):
         super().__init__(weighting)
         self.log = CorrectionLog()
         self.held: dict[str, int | None] = {}
+        self._last: dict[str, LowRank] = {}
         self._addressed: dict[str, int] = {}
+        self._updates: dict[int | None, CorrectionUpdate | None] = {}
 
     def update_for(self, client: str) -> CorrectionUpdate | None:
         """What brings the base of ``client`` up to date; call it in :meth:`send`."""
         self._addressed[client] = self.log.version
-        return self.log.update_since(self.held.get(client, 0))
+        since = self.held.get(client, 0)
+        if since not in self._updates:
+            self._updates[since] = self.log.update_since(since)
+        return self._updates[since]
 
     def add_residual(self, residual: Mapping[str, LowRank], replies: Sequence[Reply]) -> None:
         """Put ``residual`` into the base; the clients of ``replies`` hold the base they were sent. For :meth:`fold`."""
         for reply in replies:
             self.held[reply.client] = self._addressed[reply.client]
+        self._addressed, self._updates = {}, {}
+        self._last = dict(residual)
         self.log.append(residual)
 
     def failed(self, client: str) -> None:
@@ -40,7 +47,7 @@ class CorrectedStrategy(FederatedStrategy):
 
     def residual(self) -> dict[str, LowRank]:
         """The last round's residual."""
-        return self.log.recent.get(self.log.version, {})
+        return self._last
 
     def base_correction(self) -> dict[str, Tensor]:
         """The sum of all residuals."""

@@ -1,7 +1,7 @@
 """FedEx-LoRA (Singhal et al., ACL 2025, arXiv 2410.09432): average the factors and put what is lost into the base.
 
 The residual sum_k p_k B_k A_k - B A of the averaged factors equals sum_k p_k (B_k - B)(A_k - A), whose rank is at most
-(K - 1) r because sum_k p_k (B_k - B) = 0. It is sent in that factored form or densely, whichever is smaller.
+(K - 1) r because sum_k p_k (B_k - B) = 0. It is held and sent in that factored form or densely, whichever is smaller.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 from fedlora.adapters import State
-from fedlora.lowrank import LowRank
+from fedlora.lowrank import LowRank, RunningSum
 from fedlora.model import AdaptedModel
 from strategies.base import Outgoing, Reply, require_lora, weighted_mean
 from strategies.corrected import CorrectedStrategy
@@ -45,8 +43,10 @@ class FedEx(CorrectedStrategy):
         """s sum_{k<K} p_k (B_k - B)(A_k - A_K): the residual with its one dependent term eliminated."""
         key_b, key_a = f"{module}.lora_B.weight", f"{module}.lora_A.weight"
         *others, last = replies
-        lefts = [self._scale * reply.weight * (reply.state[key_b] - mean[key_b]) for reply in others]
-        rights = [reply.state[key_a] - last.state[key_a] for reply in others]
         if not others:
             return LowRank(mean[key_b][:, :0], mean[key_a][:0])
-        return LowRank(torch.cat(lefts, 1), torch.cat(rights, 0))
+        total = RunningSum(mean[key_b].dtype)
+        for reply in others:
+            centred = LowRank(reply.state[key_b] - mean[key_b], reply.state[key_a] - last.state[key_a])
+            total.add(centred, self._scale * reply.weight)
+        return total.value()

@@ -42,7 +42,7 @@ class FlexLoRA(FederatedStrategy):
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """The truncated SVD of the mean update, as factors with the scale taken out of B."""
         assert self._adapter is not None
-        deltas = [self._adapter.delta(reply.state) for reply in replies]
+        deltas = (self._adapter.delta(reply.state) for reply in replies)
         folded: State = {**state, **weighted_mean(replies, self._head)}
         for module, mean in mean_of_deltas(deltas, [reply.weight for reply in replies]).items():
             rank = self._adapter.sizes.rank

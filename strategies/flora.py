@@ -42,6 +42,6 @@ class FLoRA(CorrectedStrategy):
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """Put the exact mean of the updates into the base. The global factors stay at their start, where dW = 0."""
         assert self._adapter is not None
-        deltas = [self._adapter.delta(reply.state) for reply in replies]
+        deltas = (self._adapter.delta(reply.state) for reply in replies)
         self.add_residual(mean_of_deltas(deltas, [reply.weight for reply in replies]), replies)
         return {**state, **weighted_mean(replies, self._head)}

@@ -101,8 +101,9 @@ class LowRankAdapter(Adapter):
 
     def delta(self, state: Mapping[str, Tensor]) -> dict[str, LowRank]:
         """Return dW = s * B @ A of every adapted module from a full state (shared and frozen factors)."""
+        scale = self.scale
         return {
-            module: LowRank(state[f"{module}.lora_B.weight"] * self.scale, state[f"{module}.lora_A.weight"])
+            module: LowRank(state[f"{module}.lora_B.weight"] * scale, state[f"{module}.lora_A.weight"])
             for module in modules_of(state)
         }
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.lowrank import LowRank, relative_distance, weighted_mean
+from fedlora.lowrank import LowRank, RunningSum, relative_distance, weighted_mean
 
 RANKS = st.integers(0, 12)  # from no update at all to more than min(m, n)
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda shape: shape[0] != shape[1])
@@ -344,14 +344,40 @@ def test_different_modules_are_refused_by_name():
         relative_distance(one, {"query": random_update((1, 4), 2, 0)})
 
 
-def test_a_mean_over_a_thousand_clients_is_measured_exactly():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (None, 5e-7)], ids=["fp64", "fp32"])
+def test_a_mean_over_a_thousand_clients_is_exact_and_no_larger_than_one_weight(dtype, tolerance):
     cohort = [{"w": random_update((384, 384), 8, seed, torch.float32)} for seed in range(1000)]
     weights = list(range(1, 1001))
-    mean = weighted_mean(cohort, weights)
+    mean = weighted_mean(iter(cohort), weights, dtype)
     reference = torch.zeros(384, 384, dtype=torch.float64)
     for client, weight in zip(cohort, weights, strict=True):
         reference += (client["w"].left.double() @ client["w"].right.double()) * (weight / sum(weights))
     expected = {"w": LowRank(reference, torch.eye(384, dtype=torch.float64))}
 
-    assert mean["w"].rank == 8000
-    assert relative_distance(expected, mean) < 1e-7  # one fp32 rounding of each weighted left factor
+    assert mean["w"].rank == 384
+    assert mean["w"].left.dtype == (dtype or torch.float32)
+    assert relative_distance(expected, mean) < tolerance
+
+
+def test_updates_with_one_right_factor_share_it_in_their_sum():
+    right = random_update((6, 40), 2, seed=0).right
+    deltas = [LowRank(random_update((6, 40), 2, seed).left, right) for seed in range(5)]
+    other = random_update((6, 40), 1, seed=9)
+    total = RunningSum(torch.float64)
+    for factor, delta in enumerate([*deltas, other], 1):
+        total.add(delta, factor)
+
+    assert total.value().rank == 3
+    assert_same(total.value().dense(), sum(f * d.dense() for f, d in enumerate([*deltas, other], 1)))
+
+
+@promise
+@given(SHAPES, st.lists(RANKS, min_size=1, max_size=8), SEEDS)
+def test_a_running_sum_is_the_sum_and_never_larger_than_the_weight(shape, ranks, seed):
+    deltas = clients(shape, ranks, seed)
+    total = RunningSum(torch.float64)
+    for factor, delta in enumerate(deltas, 1):
+        total.add(delta, factor)
+
+    assert_same(total.value().dense(), sum(factor * delta.dense() for factor, delta in enumerate(deltas, 1)))
+    assert total.value().rank <= min(shape)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -135,6 +137,68 @@ def test_what_was_unpacked_can_be_written_to():
 def test_ordinary_records_give_back_what_they_were_given(layout):
     state = random_numbers(layout)
     assert_same(wire.from_record(wire.to_record(state)), state)
+
+
+# Ordinary records that hold tensors ----------------------------------------------------------------------------------
+
+STATE = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3.0)}
+
+
+def plain(state: dict[str, torch.Tensor]) -> ArrayRecord:
+    return ArrayRecord({key: Array(value.numpy()) for key, value in state.items()})
+
+
+def test_a_record_of_tensors_is_read_without_arrays():
+    record = wire.TensorRecord(STATE)
+    assert (list(record), len(record), "a" in record, "c" in record) == (["b", "a"], 2, True, False)
+    assert all(value is STATE[key] for key, value in wire.from_record(record).items())
+    assert record.tensors is not None
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda record: dict(record),
+        lambda record: dict(record.items()),
+        lambda record: list(record.values()),
+        lambda record: record["a"],
+        lambda record: record.copy(),
+        lambda record: [array.tolist() for array in record.to_numpy_ndarrays()],
+        lambda record: record.deflate(),
+        lambda record: record.count_bytes(),
+        lambda record: ArrayRecord(dict(record)),
+        lambda record: (copy.deepcopy(record), record),
+        lambda record: pickle.loads(pickle.dumps(record)),
+    ],
+)
+def test_a_record_of_tensors_answers_like_one_of_arrays(ask):
+    assert ask(wire.TensorRecord(STATE)) == ask(plain(STATE))
+
+
+def test_a_record_of_tensors_can_be_changed_and_consumed_like_one_of_arrays():
+    record, other = wire.TensorRecord(STATE), plain(STATE)
+    for one in (record, other):
+        one["c"] = Array(np.zeros(2))
+        del one["b"]
+        assert one.pop("a").numpy() == 3
+    assert record == other
+    assert record.to_numpy_ndarrays(keep_input=False)[0].tolist() == [0, 0]
+    assert len(record) == 0
+    assert wire.from_record(record) == {}
+
+
+def test_a_copy_of_a_record_of_tensors_shares_no_memory_with_it():
+    record = wire.TensorRecord({"x": torch.zeros(2)})
+    copied = copy.deepcopy(record)
+    wire.from_record(record)["x"].fill_(1.0)
+    assert wire.from_record(copied)["x"].tolist() == [0, 0]
+
+
+def test_a_record_for_a_strategy_is_a_copy_of_the_state():
+    state = {"x": torch.zeros(2)}
+    record = wire.to_record(state)
+    state["x"].fill_(1.0)
+    assert wire.from_record(record)["x"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
