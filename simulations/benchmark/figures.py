@@ -8,7 +8,7 @@ from typing import Any
 
 from simulations.benchmark.variants import VARIANTS, Variant, loop_of, own_central_of
 
-TOLERANCE = {"fp32": 5e-4, "bf16": 2e-2}
+TOLERANCE = {"fp32": 5e-5, "bf16": 2e-2}
 """How far the mean loss of any round may be from that of the variant whose mathematics it shares."""
 
 

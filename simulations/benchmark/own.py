@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 from fedlora.client import worker_for
 from fedlora.errors import FedloraError
+from simulations.benchmark import processes
 from simulations.benchmark.batch_size import fastest
 from simulations.benchmark.engine import engine_for
 from simulations.benchmark.prepare import settings
@@ -61,6 +63,8 @@ def _rounds(task: Task, more: Sequence[str]) -> Iterator[Round]:
 
             def one_round(number: int) -> float:
                 run._round(number, grid)
+                if len(processes.tree(os.getpid())) <= task.variant.processes and task.variant.processes > 1:
+                    raise FedloraError(f"{task.variant.processes} processes should train, and this one is alone")
                 if last.record["failures"] or len(last.record["cohort"]) != prepared.workload.clients:
                     raise FedloraError(f"not every client trained: {last.record['failures']}")
                 return float(last.record["loss"])
