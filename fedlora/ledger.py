@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One message.
 
@@ -42,11 +42,16 @@ class Ledger:
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: list[Entry] = []
         self._rounds: dict[int, dict[str, int]] = {}
+        self._replies: tuple[int, dict[str, int]] = (0, {})  # of the newest round: client -> place
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
         """Append one message."""
+        if entry.direction == "up":
+            if entry.round != self._replies[0]:
+                self._replies = (entry.round, {})
+            self._replies[1][entry.client] = len(self.entries)
         self.entries.append(entry)
         sums = self._rounds.setdefault(entry.round, dict.fromkeys(TOTALS, 0))
         sums[f"payload_{entry.direction}"] += entry.payload
@@ -54,14 +59,18 @@ class Ledger:
         sums["setup_bytes"] += entry.setup
 
     def refuse(self, server_round: int, client: str, reason: str) -> None:
-        """Note that the reply of ``client`` travelled but was not used, and why."""
-        for place in range(len(self.entries) - 1, -1, -1):
-            entry = self.entries[place]
-            if entry.round != server_round:
-                return
-            if entry.client == client and entry.direction == "up":
-                self.entries[place] = replace(entry, status=reason.splitlines()[0][:200])
-                return
+        """Note that the reply of ``client`` in the newest round travelled but was not used, and why."""
+        newest, places = self._replies
+        if newest == server_round and client in places:
+            place = places[client]
+            self.entries[place] = replace(self.entries[place], status=reason.splitlines()[0][:200])
+
+    def since(self, server_round: int) -> Ledger:
+        """The entries after ``server_round``; the rounds of a ledger only rise while a run goes on."""
+        place = len(self.entries)
+        while place and self.entries[place - 1].round > server_round:
+            place -= 1
+        return Ledger(self.entries[place:])
 
     def round_totals(self, server_round: int) -> dict[str, int]:
         """``payload_up``, ``payload_down``, ``message_up``, ``message_down`` and ``setup_bytes`` of one round."""
@@ -73,12 +82,13 @@ class Ledger:
 
     def frame(self) -> pd.DataFrame:
         """All entries as a table."""
-        return pd.DataFrame([asdict(entry) for entry in self.entries], columns=list(COLUMNS))
+        return pd.DataFrame({name: [getattr(entry, name) for entry in self.entries] for name in COLUMNS})
 
     def write(self, path: Path) -> None:
         """Write the table as parquet, atomically."""
         temporary = path.with_name(f".{path.name}.tmp")
-        self.frame().astype({"client": "str", "direction": "str", "status": "str"}).to_parquet(temporary, index=False)
+        types = {name: "str" if name in ("client", "direction", "status") else "int64" for name in COLUMNS}
+        self.frame().astype(types).to_parquet(temporary, index=False)
         temporary.replace(path)
 
     @classmethod

@@ -49,8 +49,7 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, ledger: Ledger, since_round: int) -> None:
     """Write a checkpoint atomically, with the ledger's entries after ``since_round`` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = Ledger(entry for entry in ledger.entries if entry.round > since_round)
-    new.write(folder / f"ledger_{checkpoint.round:06d}.parquet")
+    ledger.since(since_round).write(folder / f"ledger_{checkpoint.round:06d}.parquet")
     temporary = folder / f".state.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
         torch.save(vars(checkpoint), file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class ClientIndex:
     left_out_clients: int
     left_out_rows: int
 
-    @property
+    @cached_property
     def clients(self) -> tuple[str, ...]:
         """The training clients' ids, sorted."""
         return tuple(self.train)

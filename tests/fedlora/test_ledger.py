@@ -67,6 +67,20 @@ def test_entries_stay_in_the_order_they_were_made():
     assert list(ledger.frame()["client"]) == ["b", "a", "c"]
 
 
+def test_what_was_added_since_a_round_is_found_whatever_came_before() -> None:
+    ledger = Ledger(Entry(r, client, "up", r, 0, r) for r in (1, 2, 2, 4) for client in "ab")
+    assert [entry.round for entry in ledger.since(1).entries] == [2, 2, 2, 2, 4, 4]
+    assert ledger.since(4).entries == []
+    assert ledger.since(0).totals() == ledger.totals()
+
+
+def test_only_a_reply_of_the_newest_round_can_be_refused() -> None:
+    ledger = Ledger([Entry(1, "a", "up", 8, 0, 80), Entry(2, "b", "up", 8, 0, 80), Entry(2, "b", "down", 8, 0, 80)])
+    for server_round, client in ((1, "a"), (2, "a"), (2, "b")):
+        ledger.refuse(server_round, client, "late")
+    assert [entry.status for entry in ledger.entries] == ["ok", "late", "ok"]
+
+
 def test_a_reply_that_was_refused_says_why_and_keeps_its_bytes() -> None:
     ledger = Ledger([Entry(1, "a", "down", 8, 0, 90), Entry(1, "a", "up", 8, 0, 80), Entry(1, "b", "up", 8, 0, 80)])
     before = ledger.totals()
