@@ -16,7 +16,7 @@ def figures(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a table says of each variant of a result of :func:`simulations.benchmark.driver.measure`.
 
     A variant that failed has ``error`` alone. ``ratios`` are medians over the repeats of the quotient within a repeat;
-    ``None`` where the other one was not measured or is the variant itself.
+    ``None`` where the other one was not measured or is the variant itself, or the variant is not federated.
     """
     return [
         _figures(variant, result) if "answers" in found else {"name": variant.name, "error": found["error"]}
@@ -29,7 +29,7 @@ def _figures(variant: Variant, result: Mapping[str, Any]) -> dict[str, Any]:
     answers = result["variants"][variant.name]["answers"]
     seconds = _seconds(result, variant.name)
     typical = median(seconds)
-    own = own_central_of(variant)
+    own, federated = own_central_of(variant), variant.kind in ("federated", "flower")
     return {
         "name": variant.name,
         "seconds": {"median": typical, "min": min(seconds), "max": max(seconds)},
@@ -43,10 +43,10 @@ def _figures(variant: Variant, result: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": answers[0]["batch_size"],
         "other_load": max(answer["other_load"] for answer in answers[1:]),
         "ratios": {
-            "speedup_over_loop": ratio(result, loop_of(variant), variant.name),
+            "speedup_over_loop": ratio(result, loop_of(variant), variant.name) if federated else None,
             "tax_over_central": _tax(ratio(result, variant.name, "central")),
             "tax_over_own_central": _tax(ratio(result, variant.name, own) if own else None),
-            "speedup_over_flower": ratio(result, "flower", variant.name),
+            "speedup_over_flower": ratio(result, "flower", variant.name) if federated else None,
         },
         "loss": _loss(variant, result),
     }

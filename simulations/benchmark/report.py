@@ -75,9 +75,8 @@ def _row(line: Mapping[str, Any]) -> list[str]:
     if "error" in line:
         return [line["name"], "failed", *["-"] * (len(HEADER) - 2)]
     seconds, ratios = line["seconds"], line["ratios"]
-    batch = "" if line["batch_size"] is None else f" (batch {line['batch_size']})"
     return [
-        line["name"] + batch,
+        line["name"],
         f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})",
         f"{line['clients_per_second']:.1f}",
         f"{line['tokens_per_second']:,.0f}",
@@ -108,7 +107,8 @@ def notes(item: Mapping[str, Any]) -> str:
 
 def _loss(line: Mapping[str, Any]) -> str:
     loss = line["loss"]
-    moved = f"`{line['name']}`: loss {loss['first']:.4f} in the warm-up, {loss['last']:.4f} in the last round"
+    batch = "" if line["batch_size"] is None else f", batch {line['batch_size']}"
+    moved = f"`{line['name']}`{batch}: loss {loss['first']:.4f} in the warm-up, {loss['last']:.4f} in the last round"
     if loss["difference"] is None:
         return f"{moved}; nothing to compare it with."
     verdict = "right" if loss["right"] else "**WRONG**"
