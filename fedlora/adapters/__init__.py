@@ -1,5 +1,8 @@
 """Adapters: the trainable part of the model. One file a method."""
 
+from fedlora.adapters import lean  # noqa: F401  before whatever imports PEFT
+
+# isort: split
 from fedlora.adapters import any_peft, fed_sb, ffa, lora
 from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, State, build_adapter, register, registered
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 from torch.nn import functional
 
@@ -74,6 +73,8 @@ def class_statistics(logits: Tensor, batch: Batch) -> Statistics:
 
 def class_metrics(statistics: Statistics, calibration: bool) -> dict[str, float]:
     """Accuracy, macro-F1, Matthews correlation and loss; ``f1`` of the second of two classes; ``ece`` on demand."""
+    from sklearn.metrics import f1_score, matthews_corrcoef  # half a second, and training needs none
+
     predicted, target = statistics["predicted"], statistics["target"]
     metrics = {
         "accuracy": float((predicted == target).mean()),

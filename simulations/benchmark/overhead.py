@@ -30,7 +30,6 @@ from simulations import rounds
 from simulations.compose import compose_config
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder
-from simulations.simulate import resolve
 from strategies.build import build_strategy
 
 METHODS = ("fedit", "ffa", "fed_sb", "fedex", "flora", "flexlora")
@@ -121,7 +120,7 @@ def measure(method: str, clients: int, server_rounds: int) -> list[dict[str, np.
                 f"engine.threads={torch.get_num_threads()}", "partition.min_rows=1",
             ]
         )  # fmt: skip
-        worker = worker_for(resolve(config).model_dump_json(), folder)
+        worker = worker_for(config.model_dump_json(), folder)
         run_folder = RunFolder(path / "run")
         run_folder.create(config)
         run = FederatedRun(worker, build_strategy(config.strategy, worker.model), run_folder)
