@@ -172,28 +172,37 @@ class Backbone:
             )
 
     def load(
-        self, auto_class: Any, seed: int, *, quantized: bool = True, heads: Iterable[str] = (), **overrides: Any
+        self,
+        auto_class: Any,
+        seed: int,
+        *,
+        quantized: bool = True,
+        heads: Iterable[str] = (),
+        dtype: torch.dtype = torch.float32,
+        **overrides: Any,
     ) -> nn.Module:
-        """Load the weights in fp32 through ``auto_class``; parts missing from the checkpoint are drawn from ``seed``.
+        """Load the weights through ``auto_class``; parts missing from the checkpoint are drawn from ``seed``.
 
         Args:
             auto_class: a transformers auto class, or a class with the same ``from_pretrained`` and ``from_config``.
             seed: the seed of the run.
             quantized: whether to apply ``backbone.quantization``.
             heads: modules of the task head: never quantised, and drawn anew where the checkpoint's have other shapes.
+            dtype: of the weights; the heads are fp32 in any case, and take whatever comes to them.
             overrides: configuration values of the model.
 
         Raises:
             InputError: the weights cannot be read, or the architecture cannot do what the settings ask.
         """
         config = self.config(**overrides)
-        self._require_memory(auto_class, quantized, overrides)
-        options: dict[str, Any] = {"dtype": torch.float32}
+        heads = tuple(heads)
+        self._require_memory(auto_class, quantized, overrides, dtype)
+        options: dict[str, Any] = {"dtype": dtype}
         loaded: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # of the head only
         if self.settings.attention is not None:
             options["attn_implementation"] = self.settings.attention
         if quantized and self.settings.quantization != "none":
-            options["quantization_config"] = _quantization(self.settings.quantization, heads)
+            options["quantization_config"] = _quantization(self.settings.quantization, heads, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "head"))
             try:
@@ -202,7 +211,7 @@ class Backbone:
                         model = auto_class.from_config(config, **options)
                     else:
                         model, report = auto_class.from_pretrained(self.path, config=config, **options, **loaded)
-                        self._check_shapes(report, tuple(heads))
+                        self._check_shapes(report, heads)
             except (OSError, ValueError, ImportError) as error:
                 raise InputError(f"{self.described} does not load: {_first_line(error)}") from error
         for layer in model.modules():
@@ -210,11 +219,17 @@ class Backbone:
                 layer.support_avx512bf16_for_cpu = False  # else a forward pass in bf16 repacks 4-bit weights in place
         if self.settings.gradient_checkpointing:
             _checkpoint_gradients(model, self.described)
+        if dtype != torch.float32:
+            for name, head in model.named_children():
+                if name in heads:
+                    head.float().register_forward_pre_hook(_in_fp32)
+        model.config.use_cache = False  # nothing but generation, which asks for it, reads what would be kept
         return model.eval().requires_grad_(False)
 
-    def _require_memory(self, auto_class: Any, quantized: bool, overrides: dict[str, Any]) -> None:
+    def _require_memory(self, auto_class: Any, quantized: bool, overrides: dict[str, Any], dtype: torch.dtype) -> None:
         """Refuse weights that do not fit this machine; models are held whole by one process."""
-        each = BYTES_PER_WEIGHT[self.settings.quantization if quantized else "none"]
+        plain = self.settings.quantization == "none" or not quantized
+        each = float(dtype.itemsize) if plain else BYTES_PER_WEIGHT[self.settings.quantization]
         needed = each * sum(parameter.numel() for parameter in self.meta(auto_class, **overrides).parameters())
         available = psutil.virtual_memory().available
         if needed > available:
@@ -267,14 +282,18 @@ def _require_bitsandbytes(kind: str) -> None:
         )
 
 
-def _quantization(kind: str, heads: Iterable[str]) -> BitsAndBytesConfig:
+def _in_fp32(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.float() for value in args)
+
+
+def _quantization(kind: str, heads: Iterable[str], dtype: torch.dtype) -> BitsAndBytesConfig:
     kept = [*heads, "lm_head"]
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
 

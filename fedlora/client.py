@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from fedlora import correction, wire
 from fedlora.adapters import State
 from fedlora.cohort import Member, Trained
-from fedlora.config import Config, load_config
+from fedlora.config import Config
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
 from fedlora.grid import error_reply
@@ -270,18 +270,17 @@ def _key(kind: str, record: ArrayRecord) -> str:
     return f"{kind}-{hashlib.blake2b(record[wire.PACKED].data, digest_size=12).hexdigest()}"
 
 
-def client_app(config: Mapping[str, Any], run_dir: str) -> ClientApp:
-    """The Flower ClientApp of a run. ``config`` is the resolved configuration as plain values.
+def client_app(worker: Callable[[], Worker]) -> ClientApp:
+    """The Flower ClientApp around the worker of its process.
 
     A client that fails answers with an error message that says why; it costs its own update only.
     """
     app = ClientApp()
-    values = load_config(config).model_dump_json()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         try:
-            return worker_for(values, run_dir).handle(message)
+            return worker().handle(message)
         except FedloraError as error:
             return error_reply(message, str(error))
 
@@ -290,7 +289,7 @@ def client_app(config: Mapping[str, Any], run_dir: str) -> ClientApp:
 
 @lru_cache(maxsize=1)
 def worker_for(config: str, run_dir: str) -> Worker:
-    """The worker of this process for a run, built on first use."""
+    """The worker of this process for a run, built on first use from the resolved configuration as JSON."""
     settings = Config.model_validate_json(config)
     if settings.engine.threads:
         torch.set_num_threads(settings.engine.threads)

@@ -193,16 +193,18 @@ class EngineConfig(Settings):
 
     Attributes:
         name: the engine.
-        workers: processes beside the main one, for ``flower``.
+        workers: processes beside the main one (Ray actors); 0: none; ``None``: chosen.
+        address: a Ray cluster to use, such as ``auto`` or ``10.0.0.1:6379``; ``None``: Ray is started here if needed.
         threads: CPU threads a process; ``None``: as many as PyTorch takes.
-        tokens: tokens in one step of all clients of a cohort together, for ``cohort``.
+        tokens: tokens in one step of all clients of a cohort together; ``None``: measured at the start.
         packing: skip padding, and what of the last block nobody reads; the same numbers with less work.
     """
 
     name: Literal["auto", "loop", "cohort", "flower"]
     workers: Annotated[int, Field(ge=0)] | None = None
     threads: Count | None = None
-    tokens: Count = 2048
+    tokens: Count | None = None
+    address: str | None = None
     packing: bool = True
 
 
@@ -225,9 +227,15 @@ class WireConfig(Settings):
 
 
 class Config(Settings):
-    """One run. ``task``, ``adapter`` and ``strategy`` are checked by the task, adapter and strategy they name."""
+    """One run. ``task``, ``adapter`` and ``strategy`` are checked by the task, adapter and strategy they name.
+
+    Attributes:
+        precision: number format of the frozen weights and of what flows between them; what is trained, its optimiser
+            and all sums on the server are fp32. ``auto``: bf16 where the machine multiplies it natively, else fp32.
+    """
 
     seed: Annotated[int, Field(ge=0)]
+    precision: Literal["auto", "fp32", "bf16"]
     rounds: Annotated[int, Field(ge=0)]
     run_dir: str
     method: str

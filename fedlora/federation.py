@@ -27,6 +27,7 @@ from fedlora.encoded import EncodedRows, cached
 from fedlora.errors import InputError
 from fedlora.evaluation import loss_gradients
 from fedlora.model import AdaptedModel
+from fedlora.precision import DTYPES, settled_precision
 from fedlora.seeding import numpy_rng
 from fedlora.tasks import Schema, Task, base, build_task
 
@@ -145,7 +146,8 @@ class Federation:
         """Load the backbone, inject the adapter and start it from the seed, without the gradient basis."""
         overrides = self.task.model_overrides(self.schema)
         heads = self.task.head_modules
-        module = self.backbone.load(self.task.auto_class, self.config.seed, heads=heads, **overrides)
+        dtype = DTYPES[settled_precision(self.config.precision)]
+        module = self.backbone.load(self.task.auto_class, self.config.seed, heads=heads, dtype=dtype, **overrides)
         model = AdaptedModel(module, self.adapter, self.task.head_modules, self.config.seed)
         model.initialise(self.config.seed)
         return model

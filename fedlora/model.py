@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedlora.adapters.base import Adapter, Affinity, State
 from fedlora.adapters.factored import LowRankAdapter
-from fedlora.adapters.injection import inject
+from fedlora.adapters.injection import inject, named_tensors
 from fedlora.adapters.probe import measured_delta
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
@@ -47,6 +47,9 @@ class AdaptedModel:
         self.adapter = adapter
         heads = tuple(head_modules)
         injected = inject(module, adapter, heads, seed)
+        for tensor in injected.tensors.values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()  # PEFT makes them in the format of the backbone
         adapter.check(injected.layers, injected.tensors)
         self.module: nn.Module = injected.tuner.model.eval()
         self.layers = injected.layers
@@ -82,6 +85,18 @@ class AdaptedModel:
     def dtype(self) -> torch.dtype:
         """The number format of the backbone's blocks; what is trained is fp32 in any case."""
         return self.packer.dtype if self.packer.blocks is not None else torch.float32
+
+    def own_tensors(self) -> list[Tensor]:
+        """What :meth:`load` may write to: the adapter's tensors and the head; all else stays as it was loaded."""
+        return list(self._tensors.values())
+
+    def to(self, device: str) -> None:
+        """Move the model to ``device``."""
+        names = {id(tensor): name for name, tensor in named_tensors(self.module).items()}
+        places = {key: names[id(tensor)] for key, tensor in self._tensors.items()}
+        self.module.to(device)
+        moved = named_tensors(self.module)
+        self._tensors = {key: moved[name] for key, name in places.items()}
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch where the model is."""
@@ -184,7 +199,7 @@ class AdaptedModel:
         The frozen weights themselves are never changed, so low-precision backbones lose nothing. Only the layers of
         low-rank adapters are sure to run their base layer, so only those can have a correction.
         """
-        self._corrections = dict(corrections)
+        self._corrections = {name: value.to(self.device) for name, value in corrections.items()}
 
     def _correction_hook(self, name: str):
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -224,12 +224,15 @@ def packed_attention(
         )
         outputs.append(attended.transpose(1, 2).reshape(bucket.count * bucket.length, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return PickRows.apply(joined, layout.places).view(1, layout.tokens, heads, -1), None  # pyright: ignore
+    rows = PickRows.apply(joined, layout.places)
+    return rows.to(query.dtype).view(1, layout.tokens, heads, -1), None  # pyright: ignore
 
 
 def _slotted(x: Tensor, layout: PackedLayout) -> Tensor:
     """``[1, heads, tokens, d]`` as slots ``[slots, heads * d]``."""
     rows = x.transpose(1, 2).reshape(layout.tokens, -1)
+    if not x.is_cuda:
+        rows = rows.float()  # on the CPU attention in bf16 is many times slower than in fp32
     return _ToSlots.apply(rows, layout.slots, layout.places)  # pyright: ignore[reportReturnType]
 
 

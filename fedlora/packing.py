@@ -47,7 +47,7 @@ class Packer:
         self.blocks = _blocks(module)
         if self.blocks is None:
             return
-        self._inside = {id(child) for child in self.blocks.modules()}
+        self._inside = set(self.blocks.modules())
         module.register_forward_pre_hook(self._begin, with_kwargs=True)
         module.register_forward_hook(self._end, always_call=True)
         for block in self.blocks:
@@ -65,7 +65,7 @@ class Packer:
 
     def inside(self, layer: nn.Module) -> bool:
         """Whether ``layer`` belongs to a block, and so sees packed tokens."""
-        return self.blocks is not None and id(layer) in self._inside
+        return self.blocks is not None and layer in self._inside
 
     # Hooks ---------------------------------------------------------------------------------------------------------
 
@@ -78,8 +78,8 @@ class Packer:
         if not (real[:, 0].all() and (real[:, 1:] <= real[:, :-1]).all()):
             return  # padded on the left, or empty rows
         self.rows = len(mask)
-        if real.all():
-            return
+        if real.all() and (mask.is_cuda or self.dtype == torch.float32):
+            return  # nothing to skip; in bf16 the packed attention is faster on the CPU in any case
         self.layout = PackedLayout(mask)
         self._attentions = [(config, config._attn_implementation_internal) for config in _configs(module)]
         for config, _ in self._attentions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +76,10 @@ class Trainer:
         try:
             return train_cohort(self.model, self.axis, self.task, self.rows, self.settings, members)
         except RuntimeError as error:
-            if len(members) == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if len(members) == 1:
+                return [Trained({}, math.nan, {}, "memory ran out with one client alone: lower client.batch_size")]
         self.halved += 1
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -30,8 +30,8 @@ class RunFolder:
         self.merged = self.path / "merged"
         self.store = ClientStore(self.path / "clients")
 
-    def create(self, config: Config) -> None:
-        """Make a new run folder.
+    def require_new(self) -> None:
+        """Refuse to write over a run.
 
         Raises:
             InputError: a run is there already.
@@ -42,7 +42,23 @@ class RunFolder:
                 f"run_dir = {self.path} already holds {state} run. Continue it with 'fedlora resume {self.path}', "
                 "or choose another run_dir."
             )
+
+    def create(self, config: Config) -> None:
+        """Make a new run folder.
+
+        Raises:
+            InputError: a run is there already.
+        """
+        self.require_new()
         self.path.mkdir(parents=True, exist_ok=True)
+        self._write(config)
+
+    def change_engine(self, **values: Any) -> None:
+        """Write down what of the engine had to change during the run; a resumed run starts with it."""
+        config = self.read_config()
+        self._write(config.model_copy(update={"engine": config.engine.model_copy(update=values)}))
+
+    def _write(self, config: Config) -> None:
         write_atomically(self.config_file, yaml.safe_dump(config.model_dump(), sort_keys=False))
 
     def read_config(self) -> Config:

@@ -9,19 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.client import Worker, client_app, worker_for
+from fedlora.client import Worker
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.evaluation import main_value, row_statistics
+from fedlora.federation import Federation
 from fedlora.notices import notices
 from simulations.callbacks import Callback, ProgressBar
-from simulations.engines.cohort import CohortGrid
-from simulations.engines.flower import FlowerGrid, run_on_flower
-from simulations.engines.loop import LoopGrid
+from simulations.engines.build import run_on_engine
+from simulations.engines.choose import settle
 from simulations.finish import finish, merge_finished
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder
@@ -31,15 +29,6 @@ log = logging.getLogger("fedlora")
 NOTICES = logging.getLogger("fedlora.notices")
 
 
-def resolve(config: Config) -> Config:
-    """Fill in what is chosen automatically, so that ``config.yaml`` says what really ran."""
-    name = "loop" if config.engine.name == "auto" else config.engine.name
-    workers = (config.engine.workers or 2) if name == "flower" else 0
-    threads = config.engine.threads or torch.get_num_threads()
-    engine = config.engine.model_copy(update={"name": name, "workers": workers, "threads": threads})
-    return config.model_copy(update={"engine": engine})
-
-
 def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Run ``config`` in the new folder ``run_dir`` and return its summary.
 
@@ -47,13 +36,13 @@ def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Seq
         InputError: the configuration or the data cannot work, or a run is there already. Nothing is left behind then.
         FedloraError: the run failed.
     """
-    config = resolve(config).model_copy(update={"run_dir": str(run_dir)})
     folder = RunFolder(run_dir)
-    worker_for.cache_clear()  # the model of the run before, in a sweep
-    worker = worker_for(config.model_dump_json(), str(folder.path))
+    folder.require_new()
+    worker = Worker(Federation(config.model_copy(update={"run_dir": str(run_dir)})), folder.store)
     _check(worker, build_strategy(config.strategy, worker.model))
-    folder.create(config)
-    return _run(config, folder, merged=merged, callbacks=callbacks)
+    reasons = settle(worker)
+    folder.create(worker.federation.config)
+    return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=reasons)
 
 
 def _check(worker: Worker, strategy: Strategy) -> None:
@@ -83,13 +72,16 @@ def resume(run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback]
     if summary is None:
         if config.checkpoint.every == 0:
             raise InputError(f"{folder.path} was run with checkpoint.every=0, so there is nothing to resume from.")
-        return _run(config, folder, merged=merged, callbacks=callbacks)
+        worker = Worker(Federation(config), folder.store)
+        return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=settle(worker))
     if merged and not folder.merged.exists():
         merge_finished(config, folder)
     return summary
 
 
-def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence[Callback]) -> dict[str, Any]:
+def _run(
+    worker: Worker, folder: RunFolder, *, merged: bool, callbacks: Sequence[Callback], reasons: Sequence[str]
+) -> dict[str, Any]:
     started = time.perf_counter()
     handler = logging.FileHandler(folder.log_file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -99,25 +91,12 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
     flower = logging.getLogger("flwr")
     flower_level = flower.level
     flower.setLevel(logging.WARNING)
-    torch.set_num_threads(config.engine.threads or torch.get_num_threads())
-    worker = worker_for(config.model_dump_json(), str(folder.path))
     callbacks = [*callbacks, ProgressBar(worker.federation.task.main_metric)]
     try:
-        _log_start(worker)
-        run = FederatedRun(worker, build_strategy(config.strategy, worker.model), folder, callbacks)
-        on_reply = partial(_each_client, callbacks)
-        app = client_app(config.model_dump(), str(folder.path))
-        if config.engine.name == "flower":
-            workers, threads = config.engine.workers or 2, config.engine.threads or 1
-
-            def server(grid: Grid) -> None:
-                run.run(FlowerGrid(grid, workers, on_reply))
-
-            run_on_flower(server, app, workers, threads)
-        elif config.engine.name == "cohort":
-            run.run(CohortGrid(worker, config.engine.tokens, on_reply))
-        else:
-            run.run(LoopGrid(app, on_reply))
+        _log_start(worker, reasons)
+        strategy = build_strategy(worker.federation.config.strategy, worker.model)
+        run = FederatedRun(worker, strategy, folder, callbacks)
+        run_on_engine(worker, run.run, partial(_each_client, callbacks), folder.change_engine)
         summary = finish(run, time.perf_counter() - started, merged)
         for callback in callbacks:
             callback.on_end(summary)
@@ -130,9 +109,11 @@ def _run(config: Config, folder: RunFolder, *, merged: bool, callbacks: Sequence
         handler.close()
 
 
-def _log_start(worker: Worker) -> None:
+def _log_start(worker: Worker, reasons: Sequence[str]) -> None:
     config, index = worker.federation.config, worker.federation.index
     log.info("method %s, engine %s, seed %d", config.method, config.engine.name, config.seed)
+    for reason in reasons:
+        log.info("%s", reason)
     log.info("%d training clients, %d unseen, %d public rows", len(index.clients), len(index.unseen), len(index.public))
     affinity = worker.model.affinity
     how = "by its formula" if affinity.error is None else f"measured: {affinity.error:.1e}"

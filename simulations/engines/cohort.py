@@ -1,7 +1,7 @@
 """The cohort engine: many clients in one batch over one frozen backbone.
 
-Equal to the loop engine up to the order of sums. Clients that hold the same frozen tensors form cohorts of a size that
-depends on the configuration and the data alone; what has no client axis is trained one client after the other.
+Equal to the loop engine up to the order of sums. Clients that hold the same frozen tensors form cohorts whose members
+depend on the configuration and the data alone, not on who trains them: this process or any number of Ray actors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fedlora.client import Job, Worker
 from fedlora.cohort import Trained, member_steps
 from fedlora.errors import FedloraError
 from fedlora.grid import ClientGrid, error_reply
+from simulations.engines.executor import Executor, Work
 
 log = logging.getLogger("fedlora")
 
@@ -24,15 +25,24 @@ log = logging.getLogger("fedlora")
 class CohortGrid(ClientGrid):
     """Trains the clients of a round cohort by cohort."""
 
-    def __init__(self, worker: Worker, tokens: int, on_reply: Callable[[], None] = lambda: None) -> None:
-        """Batch about ``tokens`` tokens a step; ``on_reply`` is called after each client, for progress."""
+    def __init__(
+        self,
+        worker: Worker,
+        executor: Executor,
+        tokens: int,
+        on_reply: Callable[[], None] = lambda: None,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """Let ``executor`` train cohorts with about ``tokens`` tokens a step (0: one client each).
+
+        ``on_reply`` is called after each client, for progress; ``on_tokens`` when ``tokens`` had to be lowered because
+        a cohort did not fit the memory.
+        """
         super().__init__()
         self.worker = worker
-        self.on_reply = on_reply
+        self.executor = executor
+        self.on_reply, self.on_tokens = on_reply, on_tokens
         self.tokens = tokens
-        reason = worker.share_steps()
-        if reason:
-            log.info("engine=cohort trains one client after the other: %s", reason)
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
@@ -44,11 +54,14 @@ class CohortGrid(ClientGrid):
                 jobs.append(self.worker.open(request))
             except FedloraError as error:
                 replies[request.metadata.message_id] = self._answered(error_reply(request, str(error)))
-        for cohort in self.cohorts(jobs):
-            self.worker.trainer.hold(self.worker.frozen(cohort[0].references))
-            trained = self.worker.trainer.train([job.member for job in cohort])
-            for job, result in zip(cohort, trained, strict=True):
+        cohorts, halved = self.cohorts(jobs), self.executor.halved
+        for number, trained in self.executor.run([self._work(cohort) for cohort in cohorts]):
+            for job, result in zip(cohorts[number], trained, strict=True):
                 replies[job.message.metadata.message_id] = self._answered(self._closed(job, result))
+        if self.executor.halved > halved and self.tokens > 1:
+            self.tokens //= 2
+            log.warning("memory ran out: from now on engine.tokens = %d", self.tokens)
+            self.on_tokens(self.tokens)
         return [replies[request.metadata.message_id] for request in requests]
 
     def cohorts(self, jobs: Sequence[Job]) -> list[list[Job]]:
@@ -69,6 +82,11 @@ class CohortGrid(ClientGrid):
                 cohorts[-1].append(job)
                 room -= each
         return cohorts
+
+    def _work(self, cohort: Sequence[Job]) -> Work:
+        settings = self.worker.federation.config.client
+        cost = sum(self._step_tokens(job) * member_steps(job.member, settings) for job in cohort)
+        return Work(self.worker.frozen(cohort[0].references), [job.member for job in cohort], cost)
 
     def _step_tokens(self, job: Job) -> float:
         """Tokens of a step of a client, on average."""

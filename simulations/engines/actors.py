@@ -1,0 +1,199 @@
+"""Ray actors that live as long as a run: one for each GPU or slice of the CPU, each holding the backbone once.
+
+On one machine the frozen weights and the rows lie in Ray's object store and all actors map the same memory. A cohort
+goes to whoever is free, the longest first; which clients form a cohort was settled before, so results do not depend on
+how many actors there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fedlora.cohort import Trained
+from fedlora.config import EngineConfig
+from fedlora.errors import InputError
+from fedlora.trainer import Frozen, Trainer
+from simulations.engines.executor import Work
+from simulations.engines.shipping import Parcel, ship, unship
+
+log = logging.getLogger("fedlora")
+TRIES = 2
+"""A cohort whose actor dies is trained once more; then its clients count as failed."""
+
+
+class TrainerProcess:
+    """The actor: a trainer in a process of its own."""
+
+    def __init__(self, payload: Parcel, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.trainer: Trainer = unship(payload)
+        if torch.cuda.is_available():
+            self.trainer.model.to("cuda")
+        self._frozen: tuple[str, Frozen] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Where this actor runs: process, node, device, GPU ids of Ray, ``CUDA_VISIBLE_DEVICES`` and threads."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return {
+            "pid": os.getpid(),
+            "node": context.get_node_id(),
+            "device": str(self.trainer.model.device),
+            "gpus": [str(i) for i in ray.get_gpu_ids()],
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            "threads": torch.get_num_threads(),
+        }
+
+    def train(self, key: str, frozen: Parcel, members: Parcel) -> tuple[Parcel, int]:
+        """Train a cohort on the frozen content called ``key``; returns the results and how often it was halved."""
+        if self._frozen is None or self._frozen[0] != key:
+            self._frozen = key, unship(frozen)
+        self.trainer.hold(self._frozen[1])
+        before = self.trainer.halved
+        trained = self.trainer.train(unship(members))
+        return ship(_joined(trained)), self.trainer.halved - before
+
+
+class RayExecutor:
+    """Sends cohorts to actors.
+
+    Attributes:
+        halved: how often a cohort did not fit the memory and was cut in two.
+    """
+
+    def __init__(self, trainer: Trainer, engine: EngineConfig) -> None:
+        """Start ``engine.workers`` actors, here or on the Ray cluster at ``engine.address``.
+
+        Raises:
+            InputError: there is no cluster at that address, or it cannot hold so many actors.
+        """
+        import ray
+
+        self.ray: Any = ray
+        self.halved = 0
+        self.workers, self.threads = engine.workers or 1, engine.threads or 1
+        self._started = not ray.is_initialized()
+        if self._started:
+            _connect(ray, engine.address, self.workers * self.threads)
+        self._gpus = gpu_share(self.workers, int(ray.cluster_resources().get("GPU", 0)))
+        self._require_room()
+        model = trainer.model
+        self._payload = ray.put(ship(trainer, {id(tensor) for tensor in model.own_tensors()}))
+        self._frozen: tuple[str, Any] | None = None
+        self._actors = [self._actor() for _ in range(self.workers)]
+        for number, place in enumerate(self.describe()):
+            log.info("worker %d: %s", number, place)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Where each actor runs."""
+        return self.ray.get([actor.describe.remote() for actor in self._actors])
+
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, list[Trained]]]:
+        """Train every cohort, the longest first; yields results as they are ready."""
+        waiting = deque(sorted(range(len(works)), key=lambda number: -works[number].cost))
+        tries = [0] * len(works)
+        idle, busy = list(self._actors), {}
+        while waiting or busy:
+            while waiting and idle:
+                number, actor = waiting.popleft(), idle.pop()
+                tries[number] += 1
+                busy[self._send(actor, works[number])] = number, actor
+            (ready,), _ = self.ray.wait(list(busy), num_returns=1)
+            number, actor = busy.pop(ready)
+            try:
+                parcel, halved = self.ray.get(ready)
+            except (self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError) as error:
+                log.warning("a worker died and is started anew: %s", str(error).strip().splitlines()[0])
+                idle.append(self._replaced(actor))
+                if tries[number] < TRIES:
+                    waiting.appendleft(number)
+                    continue
+                reason = f"the process that trained it died {TRIES} times (out of memory?)"
+                yield number, [Trained({}, math.nan, {}, reason) for _ in works[number].members]
+                continue
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.as_instanceof_cause() from error
+            idle.append(actor)
+            self.halved += halved
+            yield number, _separate(unship(parcel))
+
+    def close(self) -> None:
+        """End the actors, and Ray if it was started here."""
+        for actor in self._actors:
+            self.ray.kill(actor)
+        if self._started:
+            self.ray.shutdown()
+
+    def _send(self, actor: Any, work: Work) -> Any:
+        key = repr(work.frozen.key)
+        if self._frozen is None or self._frozen[0] != key:
+            self._frozen = key, self.ray.put(ship(work.frozen))
+        return actor.train.remote(key, self._frozen[1], ship(list(work.members)))
+
+    def _actor(self) -> Any:
+        process = self.ray.remote(TrainerProcess)
+        return process.options(num_cpus=self.threads, num_gpus=self._gpus).remote(self._payload, self.threads)
+
+    def _replaced(self, dead: Any) -> Any:
+        fresh = self._actor()
+        self._actors[self._actors.index(dead)] = fresh
+        return fresh
+
+    def _require_room(self) -> None:
+        cores = int(self.ray.cluster_resources().get("CPU", 0))
+        if self.workers * self.threads > cores:
+            raise InputError(
+                f"engine.workers = {self.workers} with engine.threads = {self.threads} need "
+                f"{self.workers * self.threads} CPU cores, and Ray has {cores}. Lower one of them."
+            )
+
+
+def gpu_share(workers: int, gpus: int) -> float:
+    """GPUs of one actor, so that ``workers`` of them fit on ``gpus``: 1, a fraction, or 0 where there is none."""
+    return 0.0 if gpus == 0 else 1.0 / math.ceil(workers / gpus)
+
+
+def _connect(ray: Any, address: str | None, cores: int) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        ray.init(num_cpus=max(cores, os.cpu_count() or 1), include_dashboard=False, **options)
+        return
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"engine.address = '{address}': no Ray cluster answers there ({str(error).strip().splitlines()[0]}). Start "
+            "one with 'ray start --head', or set engine.address=null."
+        ) from error
+
+
+def _joined(trained: Sequence[Trained]) -> dict[str, Any]:
+    """Results with the states stacked: one array a key instead of one a client and key."""
+    good = [result for result in trained if result.failure is None]
+    keys = good[0].state if good else ()
+    return {
+        "states": {key: torch.stack([result.state[key] for result in good]) for key in keys},
+        "losses": [result.loss for result in trained],
+        "moments": [result.moments for result in trained],
+        "failures": [result.failure for result in trained],
+    }
+
+
+def _separate(joined: dict[str, Any]) -> list[Trained]:
+    """The opposite of :func:`_joined`."""
+    results, place = [], 0
+    for loss, moments, failure in zip(joined["losses"], joined["moments"], joined["failures"], strict=True):
+        state = {} if failure else {key: value[place] for key, value in joined["states"].items()}
+        place += failure is None
+        results.append(Trained(state, loss, moments, failure))
+    return results

@@ -1,0 +1,70 @@
+"""From a settled configuration to the engine that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from fedlora.client import Worker, client_app, worker_for
+from fedlora.grid import ClientGrid
+from simulations.engines.cohort import CohortGrid
+from simulations.engines.executor import LocalExecutor
+from simulations.engines.loop import LoopGrid
+
+
+def run_on_engine(
+    worker: Worker,
+    server: Callable[[ClientGrid], None],
+    on_reply: Callable[[], None] = lambda: None,
+    on_change: Callable[..., None] = lambda **values: None,
+) -> None:
+    """Call ``server`` with the engine of the worker's configuration, and give back what the engine held.
+
+    Args:
+        worker: of this process; its configuration is settled (:func:`simulations.engines.choose.settle`).
+        server: the rounds of a run.
+        on_reply: called after each client.
+        on_change: called with settings of the engine that had to change, such as ``tokens=1024``.
+    """
+    config = worker.federation.config
+    if config.engine.name == "flower":
+        from flwr.serverapp import Grid
+
+        from simulations.engines.flower import FlowerGrid, run_on_flower
+
+        workers, threads = config.engine.workers or 2, config.engine.threads or 1
+        values = json.dumps(config.model_dump(mode="json"))
+
+        def flower_server(grid: Grid) -> None:
+            server(FlowerGrid(grid, workers, on_reply))
+
+        run_on_flower(flower_server, client_app(partial(worker_for, values, config.run_dir)), workers, threads)
+        return
+    with build_engine(worker, on_reply, on_change) as grid:
+        server(grid)
+
+
+@contextmanager
+def build_engine(
+    worker: Worker,
+    on_reply: Callable[[], None] = lambda: None,
+    on_change: Callable[..., None] = lambda **values: None,
+) -> Iterator[ClientGrid]:
+    """The loop or cohort engine; see :func:`run_on_engine`. Ray actors live as long as the context."""
+    engine = worker.federation.config.engine
+    if engine.name == "loop" and not engine.workers:
+        yield LoopGrid(client_app(lambda: worker), on_reply)
+        return
+    executor: Any = LocalExecutor(worker.trainer)
+    if engine.workers:
+        from simulations.engines.actors import RayExecutor
+
+        executor = RayExecutor(worker.trainer, engine)
+    tokens = engine.tokens if engine.name == "cohort" and engine.tokens else 1
+    try:
+        yield CohortGrid(worker, executor, tokens, on_reply, lambda changed: on_change(tokens=changed))
+    finally:
+        executor.close()

@@ -1,0 +1,83 @@
+"""Settle what the configuration leaves open about the engine, so that ``config.yaml`` says what really ran."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from fedlora.client import Worker
+from fedlora.config import EngineConfig
+from fedlora.errors import InputError
+from fedlora.precision import settled_precision
+from simulations.engines.rows_per_step import measured_tokens
+
+CORES_A_WORKER = 4
+"""A process of PyTorch gains little from more; a machine with twice as many cores gets several."""
+
+
+def settle(worker: Worker) -> list[str]:
+    """Choose ``engine.*`` where it is open, measure where that is a matter of speed, and write it into the worker.
+
+    Nothing is measured or chosen again for a configuration that is settled.
+
+    Returns:
+        What was chosen and why, in sentences.
+
+    Raises:
+        InputError: the settings contradict each other.
+    """
+    federation = worker.federation
+    engine = federation.config.engine
+    said: list[str] = []
+    workers = _workers(engine)
+    threads = engine.threads or (max(1, (os.cpu_count() or 1) // workers) if workers else torch.get_num_threads())
+    torch.set_num_threads(max(threads, 1) if not workers else torch.get_num_threads())
+    if torch.cuda.is_available() and not workers:
+        worker.model.to("cuda")
+    name, tokens = engine.name, engine.tokens
+    if name in ("auto", "cohort"):
+        reason = worker.share_steps()
+        if reason:
+            said.append(f"clients are trained one after the other: {reason}")
+        if name == "auto":
+            name = "loop" if reason else "cohort"
+            said.append(f"engine=auto: {name}, {_place(workers)}")
+        if tokens is None and not reason:
+            tokens = _measured(worker)
+            said.append(f"a common step has about {tokens} tokens: the fastest of a short measurement")
+    settled = engine.model_copy(update={"name": name, "workers": workers, "threads": threads, "tokens": tokens})
+    precision = settled_precision(federation.config.precision)
+    federation.config = federation.config.model_copy(update={"engine": settled, "precision": precision})
+    return said
+
+
+def _workers(engine: EngineConfig) -> int:
+    if engine.workers is not None:
+        if engine.name == "flower" and engine.workers == 0:
+            raise InputError("engine=flower runs on Ray actors: set engine.workers to 1 or more.")
+        return engine.workers
+    if engine.address is not None:
+        raise InputError(
+            f"engine.address = '{engine.address}' needs engine.workers: how many actors to start on that cluster (one "
+            "for each GPU, or for each few cores)."
+        )
+    if engine.name == "flower":
+        return 2
+    if engine.name == "loop":
+        return 0
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if gpus:
+        return gpus if gpus > 1 else 0
+    return cores // CORES_A_WORKER if cores >= 2 * CORES_A_WORKER else 0
+
+
+def _place(workers: int) -> str:
+    return f"on {workers} Ray actors" if workers else "in this process (one serves this machine)"
+
+
+def _measured(worker: Worker) -> int:
+    federation = worker.federation
+    rows = np.concatenate(list(federation.index.train.values()))
+    return measured_tokens(worker.trainer, rows, federation.config.client.batch_size)
