@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora.client import worker_for
+from fedlora.client import Worker
 from fedlora.errors import FedloraError
+from fedlora.federation import Federation
 from simulations.benchmark import processes
 from simulations.benchmark.batch_size import fastest
-from simulations.benchmark.engine import engine_for
 from simulations.benchmark.prepare import settings
 from simulations.benchmark.serving import Round, Task
 from simulations.callbacks import Callback
 from simulations.compose import compose_config
+from simulations.engines.build import build_engine
+from simulations.engines.choose import settle
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder
-from simulations.simulate import resolve
 from strategies.build import build_strategy
 
 
@@ -53,11 +54,12 @@ def _rounds(task: Task, more: Sequence[str]) -> Iterator[Round]:
     with tempfile.TemporaryDirectory(dir=prepared.folder) as place:
         folder = RunFolder(Path(place) / "run")
         overrides = [*base, *task.variant.overrides, *more, f"run_dir={folder.path}"]
-        config = resolve(compose_config(overrides))
+        worker = Worker(Federation(compose_config(overrides)), folder.store)
+        settle(worker)
+        config = worker.federation.config
         folder.create(config)
-        worker = worker_for(config.model_dump_json(), str(folder.path))
         last = _Last()
-        with engine_for(worker, config) as engine:
+        with build_engine(worker) as engine:
             run = FederatedRun(worker, build_strategy(config.strategy, worker.model), folder, [last])
             grid = run.connect(engine)
 
