@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedlora import wire
 from fedlora.adapters import State
-from fedlora.client import Worker, client_app, instruct
+from fedlora.client import Worker, client_app, instruct, worker_for
 from fedlora.correction import CorrectionLog
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
@@ -327,7 +328,7 @@ def test_a_client_that_fails_answers_why(tiny, tmp_path: Path):
     config = tiny()
     worker = make_worker(config, tmp_path / "worker")
     message = message_to(worker, worker.federation.clients[0], **{"proximal-mu": 0.1})
-    reply = client_app(config.model_dump(), str(tmp_path / "app"))(message, context())
+    reply = client_app(lambda: worker)(message, context())
     assert reply.has_error()
     assert "proximal-mu" in reply.error.reason
     assert reply.metadata.src_node_id == message.metadata.dst_node_id
@@ -338,6 +339,7 @@ def test_the_client_app_is_the_worker(tiny, tmp_path: Path):
     worker = make_worker(config, tmp_path / "worker")
     client = worker.federation.clients[0]
     state = random_state(worker.model, worker.model.shared)
-    reply = client_app(config.model_dump(), str(tmp_path / "app"))(message_to(worker, client, 1, state), context())
+    app = client_app(partial(worker_for, config.model_dump_json(), str(tmp_path / "app")))
+    reply = app(message_to(worker, client, 1, state), context())
     expected = worker.handle(message_to(worker, client, 1, state))
     assert_same(returned(worker, reply), returned(worker, expected))
