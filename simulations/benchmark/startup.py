@@ -49,7 +49,7 @@ STAGES = ("imports done", "data ready", "model ready", "first step done")
 def run_once() -> list[list[float]]:
     """``[seconds, CPU seconds]`` at every stage of one new process."""
     command = [sys.executable, "-c", PROCESS, str(time.time())]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     return [[float(number) for number in line.split()] for line in lines]
 
 
