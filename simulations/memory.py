@@ -20,10 +20,14 @@ from torch.utils._pytree import tree_iter
 from fedlora.backbone import BYTES_PER_WEIGHT
 from fedlora.federation import Federation
 from fedlora.model import AdaptedModel
+from fedlora.precision import DTYPES, settled_precision
 from fedlora.tasks import Batch
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.training import training_mode
 
 MOMENTS = {"adamw": 2, "sgd": 0}
+TYPICAL_TOKENS = 2048
+"""Tokens of a common step where ``engine.tokens`` is to be measured."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -56,11 +60,14 @@ class LiveBytes(TorchDispatchMode):
 def weight_bytes(federation: Federation, model: AdaptedModel) -> int:
     """Bytes of all weights in memory: fp32, or linear layers quantised."""
     each = BYTES_PER_WEIGHT[federation.config.backbone.quantization]
+    plain = DTYPES[settled_precision(federation.config.precision)].itemsize
     head = {id(getattr(model.module, "get_output_embeddings", lambda: None)())}
     quantised = [m for m in model.module.modules() if isinstance(m, nn.Linear) and id(m) not in head]
     linear = sum(m.weight.numel() for m in quantised if not m.weight.requires_grad)
     everything = sum(parameter.numel() for parameter in model.module.parameters())
-    return round(4.0 * (everything - linear) + each * linear)
+    if federation.config.backbone.quantization == "none":
+        return plain * everything
+    return round(plain * (everything - linear) + each * linear)
 
 
 def step_bytes(federation: Federation, model: AdaptedModel) -> int:
@@ -68,8 +75,31 @@ def step_bytes(federation: Federation, model: AdaptedModel) -> int:
     settings = federation.config.client
     trainable = sum(parameter.numel() for parameter in model.parameters())
     rows = np.concatenate(list(federation.index.train.values()))
-    moments = 4 * trainable * (1 + MOMENTS[settings.optimizer])
-    return _backward_bytes(federation, model, rows, settings.batch_size) + moments
+    clients = clients_in_step(federation, rows)
+    state = trainable * (1 + MOMENTS[settings.optimizer])
+    if clients > 1:  # each with tensors of its own beside the model's, and their gradients at once
+        state += 2 * trainable
+    size = _padded_rows(federation, model, rows, settings.batch_size * clients)
+    return _backward_bytes(federation, model, rows, size) + 4 * clients * state
+
+
+def _padded_rows(federation: Federation, model: AdaptedModel, rows: np.ndarray, size: int) -> int:
+    """As how many of the longest rows a batch of ``size`` counts: all, or by its real tokens where it is packed."""
+    lengths = federation.rows.lengths(rows)
+    if not (federation.config.engine.packing and federation.rows.ragged and model.packer.blocks is not None):
+        return size
+    most = size * lengths.mean() + 2 * np.sqrt(size) * lengths.std()  # few batches are larger
+    return min(size, max(1, round(most / lengths.max())))
+
+
+def clients_in_step(federation: Federation, rows: np.ndarray) -> int:
+    """Clients that share a step on average: 1, but on the engine ``cohort``, which ``auto`` means here too."""
+    config = federation.config
+    if config.engine.name not in ("auto", "cohort"):
+        return 1
+    each = config.client.batch_size * float(federation.rows.lengths(rows).mean())
+    cohort = min(config.cohort.size or len(federation.clients), len(federation.clients))
+    return max(1, min(cohort, round((config.engine.tokens or TYPICAL_TOKENS) / each)))
 
 
 def basis_bytes(federation: Federation, model: AdaptedModel) -> int:
@@ -133,12 +163,14 @@ def measured_peak() -> int:
 def _longest(federation: Federation, model: AdaptedModel, rows: np.ndarray, size: int) -> Batch:
     """The longest of ``rows`` as a batch on the device of ``model``, the meta device where it can be built there.
 
-    Without its attention mask, which transformers looks into: the same memory but for the mask itself.
+    Without its attention mask, which transformers looks into: the same memory but for the mask itself. The labels of a
+    language model stay where their values can be read: they say where the vocabulary is scored.
     """
     longest = rows[np.argsort(federation.rows.lengths(rows), kind="stable")[-size:]]
     batch = federation.task.collate(federation.rows, longest)
     device = next(model.module.parameters()).device
-    return {name: values.to(device) for name, values in batch.items() if name != "attention_mask"}
+    kept = ("labels",) if isinstance(federation.task, CausalLM) else ()
+    return {n: values if n in kept else values.to(device) for n, values in batch.items() if n != "attention_mask"}
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
+from fedlora.packed_attention import PickRows
 from fedlora.tasks.base import IGNORED, Batch, Schema, Statistics, Task, TaskConfig, model_inputs, plain_text, register
 from fedlora.tasks.chat import Dialogue, encode_dialogue
 
@@ -149,11 +152,47 @@ def fit(answer: list[bool], max_length: int) -> slice:
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, hit and mask of every predicted position ``[b, t - 1]``; loss is zero where nothing is learned."""
-    logits = model(**model_inputs(batch)).logits[:, :-1].float()
+    """Loss, hit and mask of every predicted position ``[b, t - 1]``; loss is zero where nothing is learned.
+
+    The vocabulary is scored only where something is learned, unless the scoring layer itself is trained.
+    """
     labels = batch["labels"][:, 1:]
-    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return loss.view_as(labels), logits.argmax(-1) == labels, labels != IGNORED
+    learned = labels != IGNORED
+    width = labels.shape[1]
+    places = learned.flatten().nonzero()[:, 0]
+    sources = places + places // width  # the same positions in [b, t]
+    with _scored_at(model, sources) as cut:
+        logits = model(**model_inputs(batch)).logits.float()
+    places = places.to(logits.device)
+    scores = logits.flatten(0, 1) if cut else logits[:, :-1].flatten(0, 1).index_select(0, places)
+    truth = labels.flatten().to(logits.device).index_select(0, places)
+    loss = scores.new_zeros(labels.numel()).index_copy(
+        0, places, functional.cross_entropy(scores, truth, reduction="none")
+    )
+    hits = torch.zeros(labels.numel(), dtype=torch.bool, device=logits.device)
+    hits = hits.index_copy(0, places, scores.argmax(-1) == truth)
+    return loss.view_as(labels), hits.view_as(labels), learned
+
+
+@contextmanager
+def _scored_at(model: nn.Module, places: Tensor) -> Iterator[bool]:
+    """Let the layer that scores the vocabulary see only the ``places`` of the flattened tokens ``[b, t]``.
+
+    Yields whether it does: not where that layer is trained, because clients have scoring layers of their own then.
+    """
+    layer: nn.Module | None = cast(Any, model).get_output_embeddings()
+    if layer is None or any(parameter.requires_grad for parameter in layer.parameters()):
+        yield False
+        return
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (PickRows.apply(args[0].flatten(0, 1), places.to(args[0].device))[None], *args[1:])  # pyright: ignore
+
+    handle = layer.register_forward_pre_hook(cut)
+    try:
+        yield True
+    finally:
+        handle.remove()
 
 
 def split_last_answer(ids: np.ndarray, labels: np.ndarray) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from fedlora.client import Worker
 from fedlora.config import EngineConfig
 from fedlora.errors import InputError
 from fedlora.precision import settled_precision
-from simulations.engines.rows_per_step import measured_tokens
+from simulations.engines.rows_per_step import tokens_for
 
 CORES_A_WORKER = 4
 """A process of PyTorch gains little from more; a machine with twice as many cores gets several."""
@@ -42,9 +42,9 @@ def settle(worker: Worker) -> list[str]:
         if reason:
             said.append(f"clients are trained one after the other: {reason}")
         if name == "auto":
-            name = "loop" if reason else "cohort"
+            name = "loop" if reason or _clients_a_round(worker) == 1 else "cohort"
             said.append(f"engine=auto: {name}, {_place(workers)}")
-        if tokens is None and not reason:
+        if name == "cohort" and tokens is None and not reason:
             tokens = _measured(worker)
             said.append(f"a common step has about {tokens} tokens: the fastest of a short measurement")
     settled = engine.model_copy(update={"name": name, "workers": workers, "threads": threads, "tokens": tokens})
@@ -80,4 +80,8 @@ def _place(workers: int) -> str:
 def _measured(worker: Worker) -> int:
     federation = worker.federation
     rows = np.concatenate(list(federation.index.train.values()))
-    return measured_tokens(worker.trainer, rows, federation.config.client.batch_size)
+    return tokens_for(worker.trainer, rows, federation.config, _clients_a_round(worker))
+
+
+def _clients_a_round(worker: Worker) -> int:
+    return worker.federation.config.cohort.size or len(worker.federation.clients)
