@@ -42,7 +42,7 @@ class ClientAxis:
     def __init__(self, model: AdaptedModel) -> None:
         """Find the layers of ``model``."""
         self.model = model
-        self.vectorise = True
+        self.vectorise = False
         keys = {id(parameter): key for key, parameter in zip(model.trainable, model.parameters(), strict=True)}
         self.whole: dict[nn.Module, dict[str, str]] = {}
         for layer in () if isinstance(model.adapter, LowRankAdapter) else model.layers.values():

@@ -21,8 +21,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fedlora.errors import FedloraError
 from fedlora.packed_attention import NAME, PackedLayout, PickRows, SpreadRows, packed_sequences
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference to the padded model, relative to its largest number, in outputs and gradients."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
+"""How far two ways to compute the same gradient may be apart, relative to its norm, before they count as different.
+
+Sums in another order give 1e-5 in fp32, and up to 0.2 through thirty blocks in bf16; what is computed wrongly is off by
+the size of the gradient itself.
+"""
 
 
 class Packer:
@@ -182,10 +186,14 @@ def _difference(packer: Packer, first_only: bool, expected: dict[str, Tensor], r
     except (FedloraError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return f"its attention cannot be packed ({str(error).strip().splitlines()[0]})"
     for name, value in expected.items():
-        limit = TOLERANCE[packer.dtype] * max(float(value.abs().max()), 1e-3)
-        if float((value - found[name]).abs().max()) > limit:
+        if differs(value, found[name], packer.dtype):
             return f"packing changes its numbers ({name})"
     return None
+
+
+def differs(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two values are more than rounding of ``dtype`` apart; a value that is not finite differs."""
+    return not float((expected - found).norm()) <= TOLERANCE[dtype] * max(float(expected.norm()), 1e-4)
 
 
 def _keep_gradient(output: Any, read: list[Tensor]) -> None:

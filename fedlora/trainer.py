@@ -16,7 +16,7 @@ from fedlora.cohort import Member, Trained, cohort_gradients, member_steps, trai
 from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
 from fedlora.model import AdaptedModel
-from fedlora.packing import TOLERANCE
+from fedlora.packing import differs
 from fedlora.tasks import Task
 from fedlora.training import training_mode
 
@@ -122,11 +122,8 @@ def _deviation(trainer: Trainer, axis: ClientAxis, sample: np.ndarray) -> str | 
         for _ in range(clients)
     ]
     equal, unequal = [sample[:1]] * clients, [sample[: c + 1] for c in range(clients)]
-    reason = _misfit(trainer, axis, states, equal)
-    if reason and axis.whole:
-        axis.vectorise = False
-        reason = _misfit(trainer, axis, states, equal)
-    reason = reason or _misfit(trainer, axis, states, unequal)
+    axis.vectorise = bool(axis.whole) and _misfit(trainer, axis, states, equal) is None
+    reason = _misfit(trainer, axis, states, unequal)
     model.load(start)
     return None if reason is None else f"adapter {model.adapter.label} {reason}"
 
@@ -140,8 +137,7 @@ def _misfit(trainer: Trainer, axis: ClientAxis, states: list[State], batches: li
         return f"refuses a client axis ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
     for client, own in enumerate(expected):
         for key, value in own.items():
-            limit = TOLERANCE[trainer.model.dtype] * max(float(value.abs().max()), 1e-3)
-            if not float((value - found[key][client]).abs().max()) <= limit:
+            if differs(value, found[key][client], trainer.model.dtype):
                 return f"has no client axis: '{key}' differs from that of a client alone"
     return None
 
