@@ -122,7 +122,9 @@ def _deviation(trainer: Trainer, axis: ClientAxis, sample: np.ndarray) -> str | 
         for _ in range(clients)
     ]
     equal, unequal = [sample[:1]] * clients, [sample[: c + 1] for c in range(clients)]
-    axis.vectorise = bool(axis.whole) and _misfit(trainer, axis, states, equal) is None
+    axis.vectorise = bool(axis.whole)
+    if axis.vectorise and _misfit(trainer, axis, states, equal):
+        axis.vectorise = False
     reason = _misfit(trainer, axis, states, unequal)
     model.load(start)
     return None if reason is None else f"adapter {model.adapter.label} {reason}"
