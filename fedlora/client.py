@@ -7,7 +7,6 @@ holds the frozen backbone, so it can train one client after the other.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -34,7 +33,6 @@ from fedlora.store import ClientRecord, ClientStore
 from fedlora.trainer import Frozen, Trainer
 from fedlora.training import pack_batches
 
-log = logging.getLogger("fedlora")
 KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart"}
 
 
@@ -73,16 +71,26 @@ class Worker:
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
         self._layouts: dict[int | None, wire.Layout] = {}
         self._unpacked: tuple[ArrayRecord, wire.Layout, State] | None = None
+        self._packed = False
 
     @cached_property
     def trainer(self) -> Trainer:
-        """Trains on the worker's model; batches are packed if the configuration and the model allow it."""
+        """Trains on the worker's model."""
+        self.pack()
         federation = self.federation
-        if federation.config.engine.packing:
-            reason = pack_batches(self.model, federation.task, federation.rows, self._rows_of_length(0, 0.5, 1))
-            if reason and federation.rows.ragged:
-                log.info("padding is computed: %s", reason)
         return Trainer(self.model, federation.task, federation.rows, federation.config.client)
+
+    def pack(self) -> str | None:
+        """Skip padding from now on, in training and evaluation, if the configuration and the model allow it.
+
+        Returns:
+            Why the model does not, where it was asked to.
+        """
+        federation = self.federation
+        if self._packed or not (federation.config.engine.packing and federation.rows.ragged):
+            return None
+        self._packed = True
+        return pack_batches(self.model, federation.task, federation.rows, self._rows_of_length(0, 0.5, 1))
 
     def share_steps(self) -> str | None:
         """Train clients in common steps from now on; returns why that is not possible, if so."""

@@ -39,8 +39,9 @@ def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Seq
     folder = RunFolder(run_dir)
     folder.require_new()
     worker = Worker(Federation(config.model_copy(update={"run_dir": str(run_dir)})), folder.store)
-    _check(worker, build_strategy(config.strategy, worker.model))
-    reasons = settle(worker)
+    strategy = build_strategy(config.strategy, worker.model)
+    _check(worker, strategy)
+    reasons = settle(worker, getattr(strategy, "trains", True))
     folder.create(worker.federation.config)
     return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=reasons)
 

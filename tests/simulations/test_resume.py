@@ -30,6 +30,13 @@ CASES = {
     "FedAdam": ["strategy._target_=flwr.serverapp.strategy.FedAdam"],
     "flora": ["method=flora", "adapter.client_ranks=[4,2,1]", "adapter.head=private"],
     "flexlora": ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
+    "cohorts": ["method=fedex", "engine=cohort"],
+    "cohorts of clients with a state": [
+        "method=local",
+        "engine=auto",
+        "engine.tokens=150",
+        "client.keep_optimizer=true",
+    ],
     "every two rounds": ["method=fedex", "checkpoint.every=2"],
 }
 
