@@ -18,8 +18,9 @@ import torch
 
 from fedlora.cohort import Trained
 from fedlora.config import EngineConfig
-from fedlora.errors import InputError
+from fedlora.errors import FedloraError
 from fedlora.trainer import Frozen, Trainer
+from simulations.engines.cluster import connect, gpus_of_a_worker
 from simulations.engines.executor import Work
 from simulations.engines.shipping import Parcel, ship, unship
 
@@ -32,9 +33,11 @@ class TrainerProcess:
     """The actor: a trainer in a process of its own."""
 
     def __init__(self, payload: Parcel, threads: int) -> None:
+        import ray
+
         torch.set_num_threads(threads)
         self.trainer: Trainer = unship(payload)
-        if torch.cuda.is_available():
+        if ray.get_gpu_ids() and torch.cuda.is_available():
             self.trainer.model.to("cuda")
         self._frozen: tuple[str, Frozen] | None = None
 
@@ -79,18 +82,23 @@ class RayExecutor:
 
         self.ray: Any = ray
         self.halved = 0
-        self.workers, self.threads = engine.workers or 1, engine.threads or 1
-        self._started = not ray.is_initialized()
-        if self._started:
-            _connect(ray, engine.address, self.workers * self.threads)
-        self._gpus = gpu_share(self.workers, int(ray.cluster_resources().get("GPU", 0)))
-        self._require_room()
-        model = trainer.model
-        self._payload = ray.put(ship(trainer, {id(tensor) for tensor in model.own_tensors()}))
+        self.threads = engine.threads or 1
         self._frozen: tuple[str, Any] | None = None
-        self._actors = [self._actor() for _ in range(self.workers)]
-        for number, place in enumerate(self.describe()):
-            log.info("worker %d: %s", number, place)
+        self._actors: list[Any] = []
+        self._started = connect(engine)
+        try:
+            self._gpus = gpus_of_a_worker(engine, ray.nodes())
+            written = {id(tensor) for tensor in trainer.model.own_tensors()}
+            self._payload = ray.put(ship(trainer, written))
+            self._actors = [self._actor() for _ in range(engine.workers or 1)]
+            for number, place in enumerate(self.describe()):
+                log.info("worker %d: %s", number, place)
+        except ray.exceptions.RayActorError as error:
+            self.close()
+            raise FedloraError(f"A worker did not start: {_last_line(error)}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def describe(self) -> list[dict[str, Any]]:
         """Where each actor runs."""
@@ -98,6 +106,7 @@ class RayExecutor:
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, list[Trained]]]:
         """Train every cohort, the longest first; yields results as they are ready."""
+        lost = self.ray.exceptions
         waiting = deque(sorted(range(len(works)), key=lambda number: -works[number].cost))
         tries = [0] * len(works)
         idle, busy = list(self._actors), {}
@@ -110,26 +119,28 @@ class RayExecutor:
             number, actor = busy.pop(ready)
             try:
                 parcel, halved = self.ray.get(ready)
-            except (self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError) as error:
-                log.warning("a worker died and is started anew: %s", str(error).strip().splitlines()[0])
+            except (lost.RayActorError, lost.OutOfMemoryError, lost.ObjectLostError) as error:
+                log.warning("a worker died and is started anew: %s", _last_line(error))
                 idle.append(self._replaced(actor))
                 if tries[number] < TRIES:
                     waiting.appendleft(number)
                     continue
-                reason = f"the process that trained it died {TRIES} times (out of memory?)"
+                reason = f"the process that trained it died {TRIES} times (out of memory?): {_last_line(error)}"
                 yield number, [Trained({}, math.nan, {}, reason) for _ in works[number].members]
                 continue
-            except self.ray.exceptions.RayTaskError as error:
+            except lost.RayTaskError as error:
                 raise error.as_instanceof_cause() from error
             idle.append(actor)
             self.halved += halved
             yield number, _separate(unship(parcel))
 
     def close(self) -> None:
-        """End the actors, and Ray if it was started here."""
+        """End the actors, and Ray or the connection to it if it was made here."""
         for actor in self._actors:
             self.ray.kill(actor)
+        self._actors = []
         if self._started:
+            self._started = False
             self.ray.shutdown()
 
     def _send(self, actor: Any, work: Work) -> Any:
@@ -143,38 +154,15 @@ class RayExecutor:
         return process.options(num_cpus=self.threads, num_gpus=self._gpus).remote(self._payload, self.threads)
 
     def _replaced(self, dead: Any) -> Any:
+        self.ray.kill(dead)  # it may only be out of reach
         fresh = self._actor()
         self._actors[self._actors.index(dead)] = fresh
         return fresh
 
-    def _require_room(self) -> None:
-        cores = int(self.ray.cluster_resources().get("CPU", 0))
-        if self.workers * self.threads > cores:
-            raise InputError(
-                f"engine.workers = {self.workers} with engine.threads = {self.threads} need "
-                f"{self.workers * self.threads} CPU cores, and Ray has {cores}. Lower one of them."
-            )
 
-
-def gpu_share(workers: int, gpus: int) -> float:
-    """GPUs of one actor, so that ``workers`` of them fit on ``gpus``: 1, a fraction, or 0 where there is none."""
-    return 0.0 if gpus == 0 else 1.0 / math.ceil(workers / gpus)
-
-
-def _connect(ray: Any, address: str | None, cores: int) -> None:
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
-        ray.init(num_cpus=max(cores, os.cpu_count() or 1), include_dashboard=False, **options)
-        return
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"engine.address = '{address}': no Ray cluster answers there ({str(error).strip().splitlines()[0]}). Start "
-            "one with 'ray start --head', or set engine.address=null."
-        ) from error
+def _last_line(error: BaseException) -> str:
+    """What an error of Ray says, without the traceback that it quotes."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _joined(trained: Sequence[Trained]) -> dict[str, Any]:

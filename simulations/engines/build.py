@@ -54,16 +54,16 @@ def build_engine(
     on_change: Callable[..., None] = lambda **values: None,
 ) -> Iterator[ClientGrid]:
     """The loop or cohort engine; see :func:`run_on_engine`. Ray actors live as long as the context."""
-    engine = worker.federation.config.engine
+    engine, trainer = worker.federation.config.engine, worker.trainer  # which packs, from round 0 on every engine
     if engine.name == "loop" and not engine.workers:
         yield LoopGrid(client_app(lambda: worker), on_reply)
         return
-    executor: Any = LocalExecutor(worker.trainer)
+    executor: Any = LocalExecutor(trainer)
     if engine.workers:
         from simulations.engines.actors import RayExecutor
 
-        executor = RayExecutor(worker.trainer, engine)
-    tokens = engine.tokens if engine.name == "cohort" and engine.tokens else 1
+        executor = RayExecutor(trainer, engine)
+    tokens = engine.tokens if trainer.axis is not None and engine.tokens else 1
     try:
         yield CohortGrid(worker, executor, tokens, on_reply, lambda changed: on_change(tokens=changed))
     finally:

@@ -11,16 +11,21 @@ from fedlora.client import Worker
 from fedlora.config import EngineConfig
 from fedlora.errors import InputError
 from fedlora.precision import settled_precision
+from simulations.engines.cluster import require_cluster
 from simulations.engines.rows_per_step import tokens_for
 
 CORES_A_WORKER = 4
 """A process of PyTorch gains little from more; a machine with twice as many cores gets several."""
 
 
-def settle(worker: Worker) -> list[str]:
+def settle(worker: Worker, trains: bool = True) -> list[str]:
     """Choose ``engine.*`` where it is open, measure where that is a matter of speed, and write it into the worker.
 
     Nothing is measured or chosen again for a configuration that is settled.
+
+    Args:
+        worker: of this process.
+        trains: whether clients train at all; where none does, the engine does not matter.
 
     Returns:
         What was chosen and why, in sentences.
@@ -33,10 +38,16 @@ def settle(worker: Worker) -> list[str]:
     said: list[str] = []
     workers = _workers(engine)
     threads = engine.threads or (max(1, (os.cpu_count() or 1) // workers) if workers else torch.get_num_threads())
+    if workers and engine.address is not None:
+        require_cluster(engine.model_copy(update={"threads": threads}))  # before there is a run folder
     torch.set_num_threads(max(threads, 1) if not workers else torch.get_num_threads())
     if torch.cuda.is_available() and not workers:
         worker.model.to("cuda")
     name, tokens = engine.name, engine.tokens
+    if reason := worker.pack():
+        said.append(f"padding is computed: {reason}")
+    if name == "auto" and not trains:
+        name = "loop"
     if name in ("auto", "cohort"):
         reason = worker.share_steps()
         if reason:

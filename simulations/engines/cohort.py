@@ -96,6 +96,8 @@ class CohortGrid(ClientGrid):
         return size * float(federation.rows.lengths(rows).mean())
 
     def _closed(self, job: Job, trained: Trained) -> Message:
+        if trained.failure and not trained.failure.startswith("the loss is"):
+            return error_reply(job.message, trained.failure)  # no learning rate would help
         try:
             return self.worker.close(job, trained)
         except FedloraError as error:

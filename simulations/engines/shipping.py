@@ -100,5 +100,6 @@ class _Unpickler(pickle.Unpickler):
             return array
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the array is read-only, and so we treat it
-            tensor = torch.from_numpy(array.copy() if own or not array.nbytes else array).view(dtype).view(shape)
+            flat = torch.from_numpy(array.copy() if own else array)
+        tensor = flat.view(dtype).view(shape) if array.nbytes else torch.empty(shape, dtype=dtype)
         return nn.Parameter(tensor, requires_grad=grad) if parameter else tensor.requires_grad_(grad)
