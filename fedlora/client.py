@@ -224,12 +224,10 @@ class Worker:
         self.model.load({**self.initial, **self.seeded_frozen})
         self.model.set_base_correction({})
 
-    def load_personal(self, client: str, before_round: int) -> None:
-        """Put what ``client`` keeps privately into the model, for evaluation."""
+    def personal(self, client: str, before_round: int) -> tuple[State, Frozen]:
+        """What ``client`` has before a round: every trained tensor, those it keeps among them, and what is frozen."""
         record = self.store.read(client, before_round)
-        self.model.load(self.initial)
-        self.trainer.hold(self.frozen(record.references))
-        self.model.load(record.private)
+        return {**self.initial, **record.private}, self.frozen(record.references)
 
     def _receive(self, held: Mapping[str, str], content: RecordDict) -> dict[str, str]:
         """Store what came with the message beyond the shared tensors; return the client's new references."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.adapters import State
+from fedlora.client_axis import ClientAxis
 from fedlora.config import nearest
 from fedlora.encoded import EncodedRows
 from fedlora.errors import InputError
@@ -33,6 +35,56 @@ def row_statistics(
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]} if parts else {}
+
+
+def statistics_of_clients(
+    model: AdaptedModel,
+    axis: ClientAxis | None,
+    task: Task,
+    encoded: EncodedRows,
+    states: Mapping[str, State],
+    rows: Mapping[str, np.ndarray],
+    batch_size: int,
+) -> dict[str, Statistics]:
+    """Statistics of each client's ``rows`` with its own trained tensors, in the order of its rows.
+
+    With an ``axis`` the rows of several clients share a batch, for tasks that read one output a row.
+    """
+    if axis is None or not task.pooled:
+        found = {}
+        for client, own in rows.items():
+            model.load(states[client])
+            found[client] = row_statistics(model, task, encoded, own, batch_size)
+        return found
+    parts: dict[str, list[Statistics]] = {client: [] for client in rows}
+    for batch in _client_batches(rows, batch_size):
+        stacked = {
+            key: torch.stack([states[client][key] for client, _ in batch]).to(model.device) for key in model.trainable
+        }
+        collated = model.to_device(task.collate(encoded, np.concatenate([own for _, own in batch])))
+        with torch.no_grad(), axis.weights(stacked, [len(own) for _, own in batch]):
+            statistics = task.statistics(model.module, collated)
+        for (client, _), part in zip(batch, _split(statistics, [len(own) for _, own in batch]), strict=True):
+            parts[client].append(part)
+    return {client: joined_statistics(found) for client, found in parts.items() if found}
+
+
+def _client_batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Pieces of the clients' rows, at most ``size`` rows together."""
+    batch: list[tuple[str, np.ndarray]] = []
+    for client, own in rows.items():
+        for piece in _batches(own, size):
+            if batch and sum(len(there) for _, there in batch) + len(piece) > size:
+                yield batch
+                batch = []
+            batch.append((client, piece))
+    if batch:
+        yield batch
+
+
+def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of several groups as those of one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def client_metrics(task: Task, statistics: Mapping[str, Statistics]) -> dict[str, float]:
@@ -70,12 +122,15 @@ def main_value(task: Task, metrics: Mapping[str, float]) -> float:
 
 def split_statistics(statistics: Statistics, sizes: Mapping[Group, int]) -> dict[Group, Statistics]:
     """Cut statistics of concatenated rows back into one part a group (a client, or a named set)."""
-    parts: dict[Group, Statistics] = {}
-    start = 0
-    for group, size in sizes.items():
-        parts[group] = {name: values[start : start + size] for name, values in statistics.items()}
-        start += size
-    return parts
+    return dict(zip(sizes, _split(statistics, list(sizes.values())), strict=True))
+
+
+def _split(statistics: Statistics, sizes: Sequence[int]) -> list[Statistics]:
+    starts = np.cumsum([0, *sizes])
+    return [
+        {name: values[start : start + size] for name, values in statistics.items()}
+        for start, size in zip(starts, sizes, strict=False)
+    ]
 
 
 def loss_gradients(

@@ -153,7 +153,7 @@ def _moments(optimizer: torch.optim.Optimizer, model: AdaptedModel) -> State:
     """AdamW's state as plain tensors: ``<key>/step``, ``<key>/exp_avg`` and ``<key>/exp_avg_sq``."""
     found = zip(model.trainable, model.parameters(), strict=True)
     return {
-        f"{key}/{name}": cast(Tensor, value).clone()
+        f"{key}/{name}": cast(Tensor, value).cpu().clone()
         for key, parameter in found
         for name, value in optimizer.state[parameter].items()
     }
@@ -163,4 +163,5 @@ def _load_moments(optimizer: torch.optim.Optimizer, model: AdaptedModel, moments
     parameters = dict(zip(model.trainable, model.parameters(), strict=True))
     for path, value in moments.items():
         key, _, name = path.rpartition("/")
-        optimizer.state[parameters[key]][name] = value.clone()
+        place = "cpu" if name == "step" else parameters[key].device
+        optimizer.state[parameters[key]][name] = value.to(place, copy=True)

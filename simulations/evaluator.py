@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fedlora.adapters import State
 from fedlora.client import Worker
-from fedlora.evaluation import client_metrics, row_statistics, split_statistics
+from fedlora.evaluation import (
+    client_metrics,
+    joined_statistics,
+    row_statistics,
+    split_statistics,
+    statistics_of_clients,
+)
 from fedlora.tasks import Statistics
+from fedlora.trainer import Frozen
 from simulations.sampler import panel
 from strategies.base import FederatedStrategy
 
@@ -78,15 +86,9 @@ class Evaluator:
         """Every panel client with its own model: validation is the pool of their own validation rows."""
         index = self.worker.federation.index
         own_validation, own_test = [], {}
-        for client in self.panel:
-            self.worker.load_personal(client, server_round + 1)
-            if state:
-                self.worker.model.load(state)
-                self.worker.model.set_base_correction(strategy.base_correction() if strategy is not None else {})
+        for client, statistics in self._personal_statistics(state, strategy, server_round).items():
             validation, test = index.validation[client], index.test[client]
-            parts = split_statistics(
-                self._statistics(np.concatenate([validation, test])), {"validation": len(validation), "test": len(test)}
-            )
+            parts = split_statistics(statistics, {"validation": len(validation), "test": len(test)})
             own_validation.append(parts["validation"] if len(validation) else {})
             own_test[client] = parts["test"] if len(test) else {}
         task = self.worker.federation.task
@@ -97,6 +99,27 @@ class Evaluator:
         if tested:
             metrics |= _prefixed("seen", task.metrics(joined_statistics(list(tested.values()))))
         return Evaluation(metrics, client_metrics(task, tested) if tested else None)
+
+    def _personal_statistics(
+        self, state: State, strategy: FederatedStrategy | None, server_round: int
+    ) -> dict[str, Statistics]:
+        """Statistics of every panel client's validation rows, then test rows; clients with equal bases together."""
+        worker, federation = self.worker, self.worker.federation
+        groups: dict[Any, tuple[Frozen, dict[str, State]]] = {}
+        for client in self.panel:
+            own, frozen = worker.personal(client, server_round + 1)
+            if state:
+                correction = strategy.base_correction() if strategy is not None else {}
+                frozen = Frozen((frozen.key[0], None), frozen.factors, correction)
+            groups.setdefault(frozen.key, (frozen, {}))[1][client] = {**own, **state}
+        found: dict[str, Statistics] = {}
+        for frozen, states in groups.values():
+            worker.trainer.hold(frozen)
+            rows = {c: np.concatenate([federation.index.validation[c], federation.index.test[c]]) for c in states}
+            size = federation.config.eval.batch_size
+            axis = worker.trainer.axis
+            found |= statistics_of_clients(worker.model, axis, federation.task, federation.rows, states, rows, size)
+        return {client: found[client] for client in self.panel}
 
     def _statistics(self, rows: np.ndarray) -> Statistics:
         federation = self.worker.federation
@@ -120,11 +143,6 @@ class Evaluator:
         return Evaluation(
             metrics, client_metrics(task, seen) if seen else None, client_metrics(task, unseen) if unseen else None
         )
-
-
-def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of several groups as those of one."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _grouped(rows: np.ndarray, owners: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -207,10 +207,11 @@ def split_last_answer(ids: np.ndarray, labels: np.ndarray) -> tuple[list[int], l
 def generate(model: nn.Module, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Greedy continuations of ``prompts``, up to and without the end token; batched with padding on the left."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
+    device = next(model.parameters()).device
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0, device=device)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        ids[i, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[i, width - len(prompt) :] = 1
     written = cast(Any, model).generate(
         input_ids=ids,

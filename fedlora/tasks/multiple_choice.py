@@ -138,7 +138,8 @@ class MultipleChoice(CausalLM):
         """The question, the right choice and the most likely one."""
         batch = self.collate(rows, [row])
         with torch.no_grad():
-            loss, _, _ = answer_losses(model, {key: batch[key][0] for key in PER_CHOICE})
+            device = next(model.parameters()).device
+            loss, _, _ = answer_losses(model, {key: batch[key][0].to(device) for key in PER_CHOICE})
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         prompt = ids[0][: int((labels[0] != IGNORED).long().argmax())]
         said = {"reference": int(batch["target"][0]), "answer": int(loss.sum(1).argmin())}

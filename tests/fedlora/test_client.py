@@ -67,6 +67,12 @@ def test_handling_a_message_twice_gives_the_same_bits(tiny, tmp_path: Path, adap
     assert any(not torch.equal(first[0][key], value) for key, value in state.items())
 
 
+def load_personal(worker: Worker, client: str, before_round: int) -> None:
+    state, frozen = worker.personal(client, before_round)
+    worker.trainer.hold(frozen)
+    worker.model.load(state)
+
+
 def order_seen(worker: Worker, clients: tuple[str, ...], server_round: int, stream: str) -> list[list[int]]:
     """The rows of token ids in the order in which they reach the model."""
     seen: list[list[int]] = []
@@ -173,10 +179,10 @@ def test_a_private_head_stays_with_its_client(tiny, tmp_path: Path):
     assert set(own) == set(worker.model.head)
     assert any(not torch.equal(own[key], worker.initial[key]) for key in own)
 
-    worker.load_personal(other, 2)
+    load_personal(worker, other, 2)
     assert_same(worker.model.read(worker.model.head), {key: worker.initial[key] for key in worker.model.head})
     again = make_worker(config, tmp_path)  # another process, later
-    again.load_personal(client, 2)
+    load_personal(again, client, 2)
     assert_same(again.model.read(again.model.head), {key: own[key] for key in again.model.head})
 
 
@@ -206,7 +212,7 @@ def test_a_personal_client_keeps_all_and_sends_no_tensors(tiny, tmp_path: Path):
     kept = worker.store.read(client, 3).private
     assert set(kept) == set(worker.model.trainable)
     worker.handle(message_to(worker, other, 2, {}, personal=True))
-    worker.load_personal(client, 3)
+    load_personal(worker, client, 3)
     assert_same(worker.model.read(worker.model.trainable), {key: kept[key] for key in worker.model.trainable})
 
 

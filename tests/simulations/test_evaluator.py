@@ -92,3 +92,23 @@ def test_personal_models_are_evaluated_on_the_rows_there_are(
     assert f"{other}_accuracy" in metrics
     assert {"test": "seen", "validation": "validation"}[missing] + "_accuracy" not in metrics
     assert (summary["final"]["clients"] is None) == (missing == "test")
+
+
+@pytest.mark.parametrize("settings", [["method=local"], ["method=ffa", "adapter.head=private"]], ids=" ".join)
+def test_personal_models_in_one_batch_are_those_models_alone(
+    tiny: Compose, tmp_path: Path, settings: list[str]
+) -> None:
+    config = tiny(*settings, "eval.batch_size=9", "cohort.size=null", "client.lr=0.03")
+    start(config, tmp_path / "run")
+    worker = Worker(Federation(config), ClientStore(tmp_path / "run" / "clients"))
+    assert worker.share_steps() is None
+    evaluator = Evaluator(worker, worker.seeded_frozen)
+    state = random_state(worker.model, worker.model.shared) if "local" not in settings[0] else {}
+    shared = evaluator._personal_statistics(state, None, 3)
+    worker.trainer.axis = None
+    alone = evaluator._personal_statistics(state, None, 3)
+    assert shared.keys() == alone.keys() == set(evaluator.panel)
+    for client, statistics in alone.items():
+        for name, values in statistics.items():
+            np.testing.assert_allclose(shared[client][name], values, rtol=1e-4, atol=1e-5)
+    assert len({round(float(statistics["loss"].mean()), 6) for statistics in alone.values()}) > 3
