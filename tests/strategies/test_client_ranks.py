@@ -151,12 +151,12 @@ def restarted(worker: Worker, client: str, server_round: int) -> State:
     content = RecordDict({"config": ConfigRecord({"server-round": server_round, "client-id": client, "restart": True})})
     content["arrays"] = wire.pack({key: worker.initial[key] for key in worker.model.head})
     seen: list[State] = []
-    train = worker.train
-    worker.train = lambda *args, **more: (seen.append(worker.model.read(worker.model.shared)), train(*args, **more))[1]  # type: ignore[method-assign]
+    train = worker.trainer.train
+    worker.trainer.train = lambda members: (seen.append(dict(members[0].state)), train(members))[1]  # type: ignore[method-assign]
     message = request(1)
     message.content = content
     worker.handle(message)
-    worker.train = train  # type: ignore[method-assign]
+    worker.trainer.train = train  # type: ignore[method-assign]
     return seen[0]
 
 
