@@ -11,9 +11,11 @@ from typing import Any, cast
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedlora import wire
 from fedlora.adapters import State
+from fedlora.adapters.lora import Lora
 from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
 from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
@@ -22,9 +24,11 @@ from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from simulations import checkpoint
 from simulations.callbacks import Callback
 from simulations.evaluator import Evaluation, Evaluator
+from simulations.probes import probes
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
 from strategies.base import FederatedStrategy, exact_mean, weights
+from strategies.stacking import mean_update
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
 log = logging.getLogger("fedlora")
@@ -65,6 +69,7 @@ class FederatedRun:
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
         self.last: Evaluation | None = None
+        self._probes: dict[str, Tensor] = {}
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
@@ -124,11 +129,13 @@ class FederatedRun:
     def _expected(self, replies: list[Message]) -> dict[str, LowRank] | None:
         """The exact mean of the clients' dW; ``None`` where there is none to compare with.
 
-        Where dW is affine by its formula it is the dW of the mean, which costs least. Products are in fp64 where the
-        strategy promises to be exact; next to the error of others the 3e-7 of fp32 is nothing, and costs half.
-        Taken before the strategy sees the replies: some consume them, and one that changes them must not be measured
-        against its own changes. Nothing of them is kept.
+        Where dW is affine by its formula it is the dW of the mean, which costs least. LoRA's products are made block by
+        block, and only seen through a few directions where the cohort is large (:meth:`_seen`). Products are in fp64
+        where the strategy promises to be exact; next to the error of others the 3e-7 of fp32 is nothing, and costs
+        half. Taken before the strategy sees the replies: some consume them, and one that changes them must not be
+        measured against its own changes. Nothing of them is kept.
         """
+        self._probes = {}
         if self.ours is not None and self.ours.exact is None:
             return None
         contents = [r.content for r in replies if not r.has_error() and "arrays" in r.content]
@@ -136,14 +143,18 @@ class FederatedRun:
             return None
         examples = [int(cast(int, cast(MetricRecord, content["metrics"])["num-examples"])) for content in contents]
         shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
-        affinity = self.worker.model.affinity
-        if affinity.affine and affinity.error is None:
-            states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
-            mean = exact_mean(states, shares, [key for key in states[0] if key not in self.worker.model.head])
-            return self.worker.model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
-        deltas = (self._delta(wire.from_record(cast(ArrayRecord, content["arrays"]))) for content in contents)
-        exact = self.ours is not None and self.ours.exact
-        return weighted_mean(deltas, shares, torch.float64 if exact else torch.float32)
+        model = self.worker.model
+        states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
+        if model.affinity.affine and model.affinity.error is None:
+            mean = exact_mean(states, shares, [key for key in states[0] if key not in model.head])
+            return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
+        dtype = torch.float64 if self.ours is not None and self.ours.exact else torch.float32
+        if type(model.adapter) is not Lora:
+            return weighted_mean((self._delta(state) for state in states), shares, dtype)
+        self._probes = probes(states, self.config.seed)
+        if self._probes:
+            return mean_update(model.adapter, states, shares, seen=self._seen)
+        return mean_update(model.adapter, states, shares, dtype=dtype)
 
     def _aggregation_error(self, expected: dict[str, LowRank] | None) -> float | str:
         """The error of this round, or the reason why it has no meaning."""
@@ -155,7 +166,12 @@ class FederatedRun:
         if self.ours is not None:
             for module, residual in self.ours.residual().items():
                 actual[module] = actual[module] + residual
-        return relative_distance(expected, actual)
+        return relative_distance(expected, {module: self._seen(module, delta) for module, delta in actual.items()})
+
+    def _seen(self, module: str, delta: LowRank) -> LowRank:
+        """``delta``, or what the probe of its module sees of it."""
+        probe = self._probes.get(module)
+        return delta if probe is None else delta.through(probe)
 
     def _delta(self, state: State) -> dict[str, LowRank]:
         return self.worker.model.delta(state, self.frozen)

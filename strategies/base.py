@@ -232,13 +232,28 @@ def weighted_mean(replies: Sequence[Reply], keys: Iterable[str] | None = None) -
 
 def exact_mean(states: Sequence[State], shares: Sequence[float], keys: Iterable[str]) -> State:
     """sum_k p_k theta_k of ``keys`` in fp64, summed in the order of ``states``."""
-    mean: State = {}
-    for key in keys:
-        total = torch.zeros_like(states[0][key], dtype=torch.float64)
-        for state, share in zip(states, shares, strict=True):
-            total.add_(state[key], alpha=share)
-        mean[key] = total
-    return mean
+    keys = list(keys)
+    first = [states[0][key] for key in keys]
+    if not first:
+        return {}
+    sums = torch.zeros(sum(tensor.numel() for tensor in first), dtype=torch.float64, device=first[0].device)
+    for state, share in zip(states, shares, strict=True):
+        sums.add_(_flat([state[key] for key in keys]), alpha=share)
+    return wire.views(sums, {key: tuple(tensor.shape) for key, tensor in zip(keys, first, strict=True)})
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers in one dimension: without a copy where they lie one after the other, as those of a reply do."""
+    first, size = tensors[0], 0
+    start, dtype, width = first.data_ptr(), first.dtype, first.itemsize
+    for tensor in tensors:
+        if tensor.data_ptr() != start + size * width or tensor.dtype != dtype or not tensor.is_contiguous():
+            break
+        size += tensor.numel()
+    else:
+        if first.storage_offset() + size <= first.untyped_storage().nbytes() // width:
+            return first.as_strided((size,), (1,))
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def require_lora(model: AdaptedModel, strategy: str, why: str) -> Lora:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fedlora.adapters import State
-from fedlora.lowrank import LowRank, RunningSum
+from fedlora.adapters.lora import Lora
+from fedlora.lowrank import LowRank
 from fedlora.model import AdaptedModel
 from strategies.base import Outgoing, Reply, require_lora, weighted_mean
 from strategies.corrected import CorrectedStrategy
+from strategies.stacking import mean_update
 
 
 class FedEx(CorrectedStrategy):
@@ -21,13 +23,11 @@ class FedEx(CorrectedStrategy):
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
         super().__init__(weighting)
-        self._scale = 1.0
-        self._modules: tuple[str, ...] = ()
+        self._adapter: Lora | None = None
 
     def prepare(self, model: AdaptedModel) -> None:
         """Needs both LoRA factors."""
-        adapter = require_lora(model, "fedex", "it corrects the product of two averaged factors")
-        self._scale, self._modules = adapter.scale, tuple(model.layers)
+        self._adapter = require_lora(model, "fedex", "it corrects the product of two averaged factors")
 
     def send(self, client: str, server_round: int, state: State) -> Outgoing:
         """The averaged factors, and what brings the client's base up to date."""
@@ -36,17 +36,15 @@ class FedEx(CorrectedStrategy):
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """Average the factors; put the residual of the product into the base."""
         mean = weighted_mean(replies)
-        self.add_residual({module: self._residual(module, mean, replies) for module in self._modules}, replies)
+        self.add_residual(self._residual(mean, replies), replies)
         return mean
 
-    def _residual(self, module: str, mean: State, replies: Sequence[Reply]) -> LowRank:
-        """s sum_{k<K} p_k (B_k - B)(A_k - A_K): the residual with its one dependent term eliminated."""
-        key_b, key_a = f"{module}.lora_B.weight", f"{module}.lora_A.weight"
+    def _residual(self, mean: State, replies: Sequence[Reply]) -> dict[str, LowRank]:
+        """s sum_{k<K} p_k (B_k - B)(A_k - A_K) of every module: the residual with its one dependent term eliminated."""
+        assert self._adapter is not None
         *others, last = replies
         if not others:
-            return LowRank(mean[key_b][:, :0], mean[key_a][:0])
-        total = RunningSum(mean[key_b].dtype)
-        for reply in others:
-            centred = LowRank(reply.state[key_b] - mean[key_b], reply.state[key_a] - last.state[key_a])
-            total.add(centred, self._scale * reply.weight)
-        return total.value()
+            return {name: LowRank(d.left[:, :0], d.right[:0]) for name, d in self._adapter.delta(mean).items()}
+        around = {key: value if ".lora_B." in key else last.state[key] for key, value in mean.items()}
+        states, shares = [reply.state for reply in others], [reply.weight for reply in others]
+        return mean_update(self._adapter, states, shares, around=around)

@@ -16,9 +16,9 @@ from fedlora.adapters import State
 from fedlora.adapters.factored import seeded_uniform
 from fedlora.adapters.lora import Lora
 from fedlora.lowrank import LowRank
-from fedlora.lowrank import weighted_mean as mean_of_deltas
 from fedlora.model import AdaptedModel
 from strategies.base import FederatedStrategy, Reply, require_lora, weighted_mean
+from strategies.stacking import mean_update
 
 NEGLIGIBLE = 1e-6
 
@@ -42,9 +42,9 @@ class FlexLoRA(FederatedStrategy):
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """The truncated SVD of the mean update, as factors with the scale taken out of B."""
         assert self._adapter is not None
-        deltas = (self._adapter.delta(reply.state) for reply in replies)
+        states, shares = [reply.state for reply in replies], [reply.weight for reply in replies]
         folded: State = {**state, **weighted_mean(replies, self._head)}
-        for module, mean in mean_of_deltas(deltas, [reply.weight for reply in replies]).items():
+        for module, mean in mean_update(self._adapter, states, shares).items():
             rank = self._adapter.sizes.rank
             best = _filled(mean.truncate(rank), rank, server_round, module)
             folded[f"{module}.lora_B.weight"] = best.left / self._adapter.scale

@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 
 from fedlora.adapters import State
 from fedlora.adapters.lora import Lora
-from fedlora.lowrank import weighted_mean as mean_of_deltas
 from fedlora.model import AdaptedModel
 from strategies.base import Outgoing, Reply, require_lora, weighted_mean
 from strategies.corrected import CorrectedStrategy
+from strategies.stacking import mean_update
 
 
 class FLoRA(CorrectedStrategy):
@@ -42,6 +42,6 @@ class FLoRA(CorrectedStrategy):
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """Put the exact mean of the updates into the base. The global factors stay at their start, where dW = 0."""
         assert self._adapter is not None
-        deltas = (self._adapter.delta(reply.state) for reply in replies)
-        self.add_residual(mean_of_deltas(deltas, [reply.weight for reply in replies]), replies)
+        states, shares = [reply.state for reply in replies], [reply.weight for reply in replies]
+        self.add_residual(mean_update(self._adapter, states, shares), replies)
         return {**state, **weighted_mean(replies, self._head)}

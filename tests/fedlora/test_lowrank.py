@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.lowrank import LowRank, RunningSum, relative_distance, weighted_mean
+from fedlora.lowrank import LowRank, RunningSum, as_factors, relative_distance, weighted_mean
 
 RANKS = st.integers(0, 12)  # from no update at all to more than min(m, n)
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda shape: shape[0] != shape[1])
@@ -368,7 +368,8 @@ def test_updates_with_one_right_factor_share_it_in_their_sum():
         total.add(delta, factor)
 
     assert total.value().rank == 3
-    assert_same(total.value().dense(), sum(f * d.dense() for f, d in enumerate([*deltas, other], 1)))
+    products = [f * d.dense() for f, d in enumerate([*deltas, other], 1)]
+    assert_same(total.value().dense(), torch.stack(products).sum(0))
 
 
 @promise
@@ -379,5 +380,38 @@ def test_a_running_sum_is_the_sum_and_never_larger_than_the_weight(shape, ranks,
     for factor, delta in enumerate(deltas, 1):
         total.add(delta, factor)
 
-    assert_same(total.value().dense(), sum(factor * delta.dense() for factor, delta in enumerate(deltas, 1)))
+    products = [factor * delta.dense() for factor, delta in enumerate(deltas, 1)]
+    assert_same(total.value().dense(), torch.stack(products).sum(0))
     assert total.value().rank <= min(shape)
+
+
+@pytest.mark.parametrize("shape", [(96, 80), (80, 96)], ids=str)
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.01], ids=str)
+def test_the_leading_components_of_a_large_dense_update_are_the_best(shape, decay):
+    delta = random_update(shape, 80, seed=4)
+    spread = LowRank(delta.left * decay ** torch.arange(80), torch.linalg.qr(delta.right.T).Q.T)
+    dense, truncated = spread.dense(), spread.truncate(6)
+    error, size = (dense - truncated.dense()).norm().item(), dense.norm().item()
+
+    assert (truncated.rank, truncated.shape) == (6, shape)
+    assert error == pytest.approx(best_error(dense, 6), rel=1e-9, abs=1e-7 * size)
+    assert truncated.left.norm(dim=0).tolist() == pytest.approx(truncated.right.norm(dim=1).tolist(), rel=1e-9)
+    assert truncated.left.norm(dim=0).tolist() == sorted(truncated.left.norm(dim=0).tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)], ids=str)
+def test_an_update_that_is_dense_already_is_not_multiplied_but_copied(shape):
+    dense = random_update(shape, 3, seed=0).dense()
+    delta = as_factors(dense)
+
+    assert torch.equal(delta.dense(), dense)
+    assert delta.dense().data_ptr() != dense.data_ptr()
+    assert delta.rank == 4
+
+
+@pytest.mark.parametrize("n", [5, 200])
+def test_an_update_is_seen_through_directions_as_its_product_with_them(n):
+    delta, directions = random_update((12, n), 3, seed=0), random_update((n, 4), 4, seed=1).dense()
+
+    assert delta.through(directions).shape == (12, 4)
+    assert_same(delta.through(directions).dense(), delta.dense() @ directions)
