@@ -96,7 +96,7 @@ def gpu_share(workers: int, gpus: int) -> float:
 
 
 def _require_answer(address: str) -> None:
-    """Raise an ``OSError`` or ``ValueError`` unless something listens at ``host:port``."""
+    """Raise an ``OSError`` or ``ValueError`` unless a gRPC server answers there, as the head of a cluster does."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -104,3 +104,12 @@ def _require_answer(address: str) -> None:
         raise ValueError("it is 'auto' or host:port, of the cluster's head")
     with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
         pass
+    if os.environ.get("RAY_USE_TLS", "0") == "1":
+        return
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise TimeoutError("what listens there is not Ray") from None

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
+
+
+def forget_processes() -> None:
+    """Collect the handles of Ray's processes, which it ends without waiting for them; Python would warn of each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _no_handles_left() -> Iterator[None]:
+    yield
+    forget_processes()
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +33,4 @@ def ray_of_four() -> Iterator[None]:
     ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+    forget_processes()

@@ -22,14 +22,13 @@ from simulations.sampler import cohort
 from simulations.simulate import resume, start
 from tests.conftest import Compose
 from tests.simulations.engines import helpers
-from tests.simulations.test_resume import Killed, KillAt, assert_same_run
+from tests.simulations.test_resume import KillAt, Killed, assert_same_run
 from tests.simulations.test_rounds import rounds_of
 
 pytestmark = [
     pytest.mark.usefixtures("ray_of_four"),
-    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's own
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <function Popen.__del__"),
-]
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]  # Ray leaves files open
 CASES = {
     "fedit": ["method=fedit"],
     "fed_sb: setup": ["method=fed_sb", "adapter.basis=gradient"],

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,10 @@ from fedlora.errors import InputError
 from simulations.engines.cluster import UNITS, gpu_share, gpus_of_a_worker
 from simulations.simulate import start
 from tests.conftest import Compose
+from tests.simulations.engines.conftest import forget_processes
 from tests.simulations.test_resume import assert_same_run
 
-QUIET = [
-    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's own
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <function Popen.__del__"),
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO"),
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-]
-pytestmark = QUIET
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves files open
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +35,7 @@ def two_nodes() -> Iterator[str]:
     cluster.add_node(num_cpus=1)
     yield cluster.address
     cluster.shutdown()
+    forget_processes()
 
 
 def test_workers_on_two_nodes_give_the_same_bits_as_none(tiny: Compose, tmp_path: Path, two_nodes: str) -> None:
@@ -76,15 +71,14 @@ def test_a_wrong_address_is_refused(tiny: Compose, tmp_path: Path, address: str)
     assert "ray start --head" in said
 
 
+@pytest.mark.timeout(60)  # Ray alone tries for minutes
 def test_something_that_listens_but_is_not_ray_is_refused(tiny: Compose, tmp_path: Path) -> None:
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         address = f"127.0.0.1:{deaf.getsockname()[1]}"
-        began = time.monotonic()
         said = refused(tiny, tmp_path / "run", "engine.workers=2", f"engine.address={address}")
-        assert time.monotonic() - began < 100  # Ray alone tries for more than ten minutes
-    assert "no Ray cluster answers there" in said
+    assert "what listens there is not Ray" in said
 
 
 @pytest.mark.parametrize(
