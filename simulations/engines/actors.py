@@ -93,7 +93,7 @@ class RayExecutor:
             self._actors = [self._actor() for _ in range(engine.workers or 1)]
             for number, place in enumerate(self.describe()):
                 log.info("worker %d: %s", number, place)
-        except ray.exceptions.RayActorError as error:
+        except self.ray.exceptions.RayActorError as error:
             self.close()
             raise FedloraError(f"A worker did not start: {_last_line(error)}") from error
         except BaseException:

@@ -54,7 +54,7 @@ def build_engine(
     on_change: Callable[..., None] = lambda **values: None,
 ) -> Iterator[ClientGrid]:
     """The loop or cohort engine; see :func:`run_on_engine`. Ray actors live as long as the context."""
-    engine, trainer = worker.federation.config.engine, worker.trainer  # which packs, from round 0 on every engine
+    engine, trainer = worker.federation.config.engine, worker.trainer
     if engine.name == "loop" and not engine.workers:
         yield LoopGrid(client_app(lambda: worker), on_reply)
         return
