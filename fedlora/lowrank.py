@@ -131,8 +131,7 @@ class LowRank:
 
         Summed in pieces, so that the rounding of fp32 stays near 2e-7.
         """
-        pieces = zip(self.right.split(PIECE, 1), directions.to(self.right).split(PIECE), strict=True)
-        return LowRank(self.left, torch.stack([right @ of_piece for right, of_piece in pieces]).sum(0))
+        return LowRank(self.left, _in_pieces(self.right, directions.to(self.right)))
 
     def inner(self, other: LowRank) -> float:
         """Return the Frobenius inner product ``<dW, dW'>`` from the two ``[r, r']`` Gram matrices.
@@ -190,7 +189,7 @@ class LowRank:
 
 BLOCK = 1024
 """The rank at which a sum that is multiplied out already takes in further factors, and of a stack of clients."""
-PIECE = 64
+PIECE = 128
 """The length of fp32 sums where shorter ones cost little: the error of a sum grows with the root of its length."""
 GRAM_FROM = 64
 """The smaller side of a dense dW from which a few leading components are cheaper by eigenvectors than by an SVD."""
@@ -261,10 +260,8 @@ class RunningSum:
         if self._parts:
             left, right = self._factors()
             narrow = min(left.shape[0], right.shape[1]) <= PIECE
-            size = PIECE if narrow and self._dtype == torch.float32 else left.shape[1]
-            for columns, rows in zip(left.split(size, 1), right.split(size), strict=True):
-                product = columns @ rows
-                self._dense = product.double() if self._dense is None else self._dense.add_(product)
+            product = _in_pieces(left, right) if narrow else left @ right
+            self._dense = product.double() if self._dense is None else self._dense.add_(product)
             self._parts, self._rank = [], 0
 
 
@@ -329,6 +326,12 @@ def relative_distance(expected: Mapping[str, LowRank], actual: Mapping[str, LowR
     if size == 0.0:
         return 0.0 if gap == 0.0 else math.inf
     return gap / size
+
+
+def _in_pieces(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, summed over pieces of ``PIECE`` columns first."""
+    pieces = zip(left.split(PIECE, 1), right.split(PIECE), strict=True)
+    return torch.stack([columns @ rows for columns, rows in pieces]).sum(0)
 
 
 def _leading_components(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
