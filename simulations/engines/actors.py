@@ -85,27 +85,38 @@ class RayExecutor:
         self.threads = engine.threads or 1
         self._frozen: tuple[str, Any] | None = None
         self._actors: list[Any] = []
+        self._awaited = False
         self._started = connect(engine)
         try:
             self._gpus = gpus_of_a_worker(engine, ray.nodes())
             written = {id(tensor) for tensor in trainer.model.own_tensors()}
             self._payload = ray.put(ship(trainer, written))
             self._actors = [self._actor() for _ in range(engine.workers or 1)]
-            for number, place in enumerate(self.describe()):
-                log.info("worker %d: %s", number, place)
-        except self.ray.exceptions.RayActorError as error:
-            self.close()
-            raise FedloraError(f"A worker did not start: {_last_line(error)}") from error
         except BaseException:
             self.close()
             raise
 
     def describe(self) -> list[dict[str, Any]]:
-        """Where each actor runs."""
-        return self.ray.get([actor.describe.remote() for actor in self._actors])
+        """Where each actor runs; waits until all have started.
+
+        Raises:
+            FedloraError: one cannot start.
+        """
+        try:
+            return self.ray.get([actor.describe.remote() for actor in self._actors])
+        except self.ray.exceptions.RayActorError as error:
+            raise FedloraError(f"A worker did not start: {_last_line(error)}") from error
+
+    def _await_start(self) -> None:
+        """Wait for the actors before the first cohort: they started while the first evaluation ran here."""
+        if not self._awaited:
+            self._awaited = True
+            for number, place in enumerate(self.describe()):
+                log.info("worker %d: %s", number, place)
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, list[Trained]]]:
         """Train every cohort, the longest first; yields results as they are ready."""
+        self._await_start()
         lost = self.ray.exceptions
         waiting = deque(sorted(range(len(works)), key=lambda number: -works[number].cost))
         tries = [0] * len(works)

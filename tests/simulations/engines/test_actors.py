@@ -149,6 +149,6 @@ def test_memory_is_the_same_after_ten_rounds_and_after_fifty(tiny: Compose, tmp_
     memory = Memory(tmp_path / "run" / "log.txt")
     settings = [*COHORT, f"engine.workers={workers}", "method=fedex", "rounds=50", "eval.every=25"]
     start(tiny(*settings), tmp_path / "run", callbacks=[memory])
-    assert len(memory.used[0]) == 1 + workers
+    assert len(memory.used[1]) == 1 + workers
     for early, late in zip(memory.used[10], memory.used[50], strict=True):
         assert late - early < 8
