@@ -222,18 +222,16 @@ def packed_attention(
             scale=scaling,
             enable_gqa=heads != groups,
         )
-        outputs.append(attended.transpose(1, 2).reshape(bucket.count * bucket.length, -1))
+        outputs.append(attended.transpose(1, 2).reshape(bucket.count * bucket.length, -1).to(query.dtype))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    rows = PickRows.apply(joined, layout.places)
-    return rows.to(query.dtype).view(1, layout.tokens, heads, -1), None  # pyright: ignore
+    return PickRows.apply(joined, layout.places).view(1, layout.tokens, heads, -1), None  # pyright: ignore
 
 
 def _slotted(x: Tensor, layout: PackedLayout) -> Tensor:
     """``[1, heads, tokens, d]`` as slots ``[slots, heads * d]``."""
     rows = x.transpose(1, 2).reshape(layout.tokens, -1)
-    if not x.is_cuda:
-        rows = rows.float()  # on the CPU attention in bf16 is many times slower than in fp32
-    return _ToSlots.apply(rows, layout.slots, layout.places)  # pyright: ignore[reportReturnType]
+    slotted: Tensor = _ToSlots.apply(rows, layout.slots, layout.places)  # pyright: ignore[reportAssignmentType]
+    return slotted if x.is_cuda else slotted.float()  # on the CPU attention in bf16 is many times slower than in fp32
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
