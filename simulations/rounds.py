@@ -69,6 +69,7 @@ class FederatedRun:
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
         self.last: Evaluation | None = None
+        self._engine_changes: dict[str, Any] = {}
         self._probes: dict[str, Tensor] = {}
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
@@ -91,6 +92,16 @@ class FederatedRun:
             self._complete(0, (), None, {}, None)
         for server_round in range(self.completed + 1, self.rounds + 1):
             self._round(server_round, grid)
+        self._write_engine_changes()
+
+    def change_engine(self, **values: Any) -> None:
+        """Note what of the engine had to change; written down with the next checkpoint, so that both fit together."""
+        self._engine_changes |= values
+
+    def _write_engine_changes(self) -> None:
+        if self._engine_changes:
+            self.folder.change_engine(**self._engine_changes)
+            self._engine_changes = {}
 
     def _round(self, server_round: int, grid: ClientGrid) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -230,6 +241,7 @@ class FederatedRun:
             best=self.best,
         )
         checkpoint.save(self.folder.checkpoint, state, self.ledger, self._saved_round)
+        self._write_engine_changes()
         self._saved_round = server_round
         for client in chosen:
             self.folder.store.prune(client, server_round)

@@ -97,7 +97,7 @@ def _run(
         _log_start(worker, reasons)
         strategy = build_strategy(worker.federation.config.strategy, worker.model)
         run = FederatedRun(worker, strategy, folder, callbacks)
-        run_on_engine(worker, run.run, partial(_each_client, callbacks), folder.change_engine)
+        run_on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine)
         summary = finish(run, time.perf_counter() - started, merged)
         for callback in callbacks:
             callback.on_end(summary)

@@ -89,8 +89,7 @@ class RayExecutor:
         self._started = connect(engine)
         try:
             self._gpus = gpus_of_a_worker(engine, ray.nodes())
-            written = {id(tensor) for tensor in trainer.model.own_tensors()}
-            self._payload = ray.put(ship(trainer, written))
+            self._payload = ray.put(_shipped(trainer))
             self._actors = [self._actor() for _ in range(engine.workers or 1)]
         except BaseException:
             self.close()
@@ -174,6 +173,16 @@ class RayExecutor:
 def _last_line(error: BaseException) -> str:
     """What an error of Ray says, without the traceback that it quotes."""
     return str(error).strip().splitlines()[-1].strip()
+
+
+def _shipped(trainer: Trainer) -> Parcel:
+    """The trainer with its model on the CPU, whose memory processes can share; every actor moves its own to its GPU."""
+    device = str(trainer.model.device)
+    trainer.model.to("cpu")
+    try:
+        return ship(trainer, {id(tensor) for tensor in trainer.model.own_tensors()})
+    finally:
+        trainer.model.to(device)
 
 
 def _joined(trained: Sequence[Trained]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def settle(worker: Worker, trains: bool = True) -> list[str]:
     threads = engine.threads or (max(1, (os.cpu_count() or 1) // workers) if workers else torch.get_num_threads())
     if workers and engine.address is not None:
         require_cluster(engine.model_copy(update={"threads": threads}))  # before there is a run folder
-    torch.set_num_threads(max(threads, 1) if not workers else torch.get_num_threads())
-    if torch.cuda.is_available() and not workers:
+    torch.set_num_threads(threads)  # also beside workers: what this process computes has the same bits then
+    if torch.cuda.is_available():
         worker.model.to("cuda")
     name, tokens = engine.name, engine.tokens
     if reason := worker.pack():

@@ -39,8 +39,7 @@ CASES = {
 COHORT = ["engine=cohort", "engine.tokens=150", "engine.threads=1"]
 
 
-QUICK = {("cohort", "fed_sb: setup"), ("cohort", "flora: restarts"), ("cohort", "local: personal state"),
-         ("cohort", "base correction and moments"), ("loop", "base correction and moments")}  # fmt: skip
+QUICK = {("cohort", "local: personal state"), ("cohort", "base correction and moments"), ("loop", "fed_sb: setup")}
 """The others start as many processes again, and find what these find."""
 
 

@@ -31,7 +31,7 @@ def outliving(processes: list[psutil.Process], seconds: float = 20) -> list[psut
     return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=str)
 def test_a_run_that_is_stopped_leaves_no_process(tiny_overrides: list[str], tmp_path: Path, signal_: int) -> None:
     command = [sys.executable, "-m", "simulations.cli", "simulate", *tiny_overrides, *SETTINGS, "rounds=500"]
     errors = (tmp_path / "errors.txt").open("w")
