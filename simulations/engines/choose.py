@@ -13,9 +13,12 @@ from fedlora.errors import InputError
 from fedlora.precision import settled_precision
 from simulations.engines.cluster import require_cluster
 from simulations.engines.rows_per_step import tokens_for
+from simulations.memory import TYPICAL_TOKENS
 
 CORES_A_WORKER = 4
 """A process of PyTorch gains little from more; a machine with twice as many cores gets several."""
+COHORTS_A_WORKER = 2
+"""With fewer cohorts a round than this for each of them, processes would wait for each other."""
 
 
 def settle(worker: Worker, trains: bool = True) -> list[str]:
@@ -36,7 +39,7 @@ def settle(worker: Worker, trains: bool = True) -> list[str]:
     federation = worker.federation
     engine = federation.config.engine
     said: list[str] = []
-    workers = _workers(engine)
+    workers = _workers(worker, engine)
     threads = engine.threads or (max(1, (os.cpu_count() or 1) // workers) if workers else torch.get_num_threads())
     if workers and engine.address is not None:
         require_cluster(engine.model_copy(update={"threads": threads}))  # before there is a run folder
@@ -64,7 +67,7 @@ def settle(worker: Worker, trains: bool = True) -> list[str]:
     return said
 
 
-def _workers(engine: EngineConfig) -> int:
+def _workers(worker: Worker, engine: EngineConfig) -> int:
     if engine.workers is not None:
         if engine.name == "flower" and engine.workers == 0:
             raise InputError("engine=flower runs on Ray actors: set engine.workers to 1 or more.")
@@ -81,7 +84,16 @@ def _workers(engine: EngineConfig) -> int:
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if gpus:
         return gpus if gpus > 1 else 0
-    return cores // CORES_A_WORKER if cores >= 2 * CORES_A_WORKER else 0
+    wanted = min(cores // CORES_A_WORKER, _cohorts_a_round(worker) // COHORTS_A_WORKER)
+    return wanted if wanted > 1 else 0
+
+
+def _cohorts_a_round(worker: Worker) -> int:
+    """About how many cohorts a round has."""
+    federation = worker.federation
+    rows = np.concatenate(list(federation.index.train.values()))
+    each = federation.config.client.batch_size * float(federation.rows.lengths(rows).mean())
+    return round(_clients_a_round(worker) * each / (federation.config.engine.tokens or TYPICAL_TOKENS))
 
 
 def _place(workers: int) -> str:
