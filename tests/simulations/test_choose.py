@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fedlora.client import Worker
@@ -85,3 +86,15 @@ def test_contradictions_are_refused_before_anything_is_written(
 def test_values_out_of_range_name_their_setting(wrong: str) -> None:
     with pytest.raises(InputError, match=wrong.split("=")[0]):
         compose_config(["engine=cohort", wrong])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs their number decides")
+def test_workers_are_chosen_for_rounds_that_can_feed_them(
+    tiny: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    few, _ = settled(tiny("engine=auto"), tmp_path / "few")
+    many, said = settled(tiny("engine=auto", "engine.tokens=30", "cohort.size=null"), tmp_path / "many")
+    assert few.engine.workers == 0
+    assert many.engine.workers == 4
+    assert "on 4 Ray actors" in said
