@@ -94,11 +94,12 @@ class _Shares:
         if layout is None or not self.model.packer.inside(layer) or x.shape[0] != 1 or x.ndim < 3:
             each = x.shape[0] // self._total  # more than 1 where a model splits its rows, as into windows
             return 0, self.rows if each == 1 else [each * count for count in self.rows]
-        packed = x.shape[1] == layout.tokens
+        packed = x.shape[1] == layout.size
         key = (packed, x.shape[1])
         if key not in self._known:
             lengths = layout.lengths if packed else torch.ones_like(layout.lengths)
             self._known[key] = [int(part.sum()) for part in lengths.split(self.rows)]
+            self._known[key][-1] += layout.spare if packed else 0  # nobody reads what becomes of spare rows
         return 1, self._known[key]
 
 

@@ -22,6 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from fedlora.errors import FedloraError
 
 NAME = "fedlora_packed"
+MANY, FINE, COARSE = 1024, 32, 128
+"""Sizes of packed batches are rounded up to multiples of 32, and from 1,024 tokens on of 128."""
 UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache", "head_mask")
 """Arguments of an attention that this one does not know: a model that gives them is not packed."""
 
@@ -48,19 +50,31 @@ class PackedLayout:
         shape: ``(b, t)`` of the padded batch.
         real: the places of the real tokens in the flattened padded batch ``[tokens]``.
         lengths: real tokens of each sequence ``[b]``, on the CPU.
+        spare: rows of zeros after the real tokens, so that batches have few different sizes.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        """``mask``: 1 where a token is real ``[b, t]``; the real tokens of a row are its first ones."""
+    def __init__(self, mask: Tensor, rounded: bool = False) -> None:
+        """``mask``: 1 where a token is real ``[b, t]``; the real tokens of a row are its first ones.
+
+        ``rounded``: add spare rows. oneDNN, which multiplies bf16 on the CPU, compiles a kernel for every size that it
+        has not seen, and keeps it.
+        """
         self.shape = (int(mask.shape[0]), int(mask.shape[1]))
         self.device = mask.device
         self.lengths = mask.sum(1).cpu()
         self.real = mask.flatten().nonzero()[:, 0]
+        unit = FINE if self.tokens < MANY else COARSE
+        self.spare = -self.tokens % unit if rounded else 0
 
     @property
     def tokens(self) -> int:
         """Real tokens of the batch."""
         return len(self.real)
+
+    @property
+    def size(self) -> int:
+        """Rows of the packed batch: its tokens and the spare rows."""
+        return self.tokens + self.spare
 
     @property
     def starts(self) -> Tensor:
@@ -108,17 +122,18 @@ def bucket_length(lengths: Tensor) -> Tensor:
 
 
 class _ToSlots(torch.autograd.Function):
-    """Packed rows ``[tokens, f]`` into slots ``[slots, f]``; no gradient comes from padding slots, which are masked."""
+    """Packed rows ``[size, f]`` into slots ``[slots, f]``; no gradient comes from padding slots, which are masked."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
+        ctx.spare = len(x) - len(places)
         return x.index_select(0, slots)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
+        return _picked(gradients[0], places, ctx.spare), None, None
 
 
 class SpreadRows(torch.autograd.Function):
@@ -138,21 +153,30 @@ class SpreadRows(torch.autograd.Function):
 
 
 class PickRows(torch.autograd.Function):
-    """Rows of ``x [size, f]`` at distinct ``places [k]``: an ``index_select`` whose gradient is a copy, not a sum."""
+    """Rows of ``x [size, f]`` at distinct ``places [k]``, then ``spare`` zeros: its gradient is a copy, not a sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, spare: int = 0) -> Tensor:
         """Pick the rows."""
         ctx.save_for_backward(places)
         ctx.size = len(x)
-        return x.index_select(0, places)
+        return _picked(x, places, spare)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Spread their gradients."""
         (places,) = ctx.saved_tensors
         zeros = gradients[0].new_zeros(ctx.size, gradients[0].shape[1])
-        return zeros.index_copy_(0, places, gradients[0]), None
+        return zeros.index_copy_(0, places, gradients[0][: len(places)]), None, None
+
+
+def _picked(x: Tensor, places: Tensor, spare: int) -> Tensor:
+    if not spare:
+        return x.index_select(0, places)
+    rows = x.new_empty(len(places) + spare, x.shape[1])
+    torch.index_select(x, 0, places, out=rows[: len(places)])
+    rows[len(places) :] = 0
+    return rows
 
 
 _current: PackedLayout | None = None
@@ -224,12 +248,12 @@ def packed_attention(
         )
         outputs.append(attended.transpose(1, 2).reshape(bucket.count * bucket.length, -1).to(query.dtype))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return PickRows.apply(joined, layout.places).view(1, layout.tokens, heads, -1), None  # pyright: ignore
+    return PickRows.apply(joined, layout.places, layout.spare).view(1, layout.size, heads, -1), None  # pyright: ignore
 
 
 def _slotted(x: Tensor, layout: PackedLayout) -> Tensor:
     """``[1, heads, tokens, d]`` as slots ``[slots, heads * d]``."""
-    rows = x.transpose(1, 2).reshape(layout.tokens, -1)
+    rows = x.transpose(1, 2).reshape(layout.size, -1)
     slotted: Tensor = _ToSlots.apply(rows, layout.slots, layout.places)  # pyright: ignore[reportAssignmentType]
     return slotted if x.is_cuda else slotted.float()  # on the CPU attention in bf16 is many times slower than in fp32
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlora.errors import FedloraError
@@ -84,7 +85,7 @@ class Packer:
         self.rows = len(mask)
         if real.all() and (mask.is_cuda or self.dtype == torch.float32):
             return  # nothing to skip; in bf16 the packed attention is faster on the CPU in any case
-        self.layout = PackedLayout(mask)
+        self.layout = PackedLayout(mask, rounded=self.dtype == torch.bfloat16 and not mask.is_cuda)
         self._attentions = [(config, config._attn_implementation_internal) for config in _configs(module)]
         for config, _ in self._attentions:
             config._attn_implementation_internal = NAME
@@ -106,7 +107,7 @@ class Packer:
         return packed, {name: self._packed(value) for name, value in kwargs.items()}
 
     def _packed(self, value: Any) -> Any:
-        """Whatever has a value for each token ``[b or 1, t, f]`` as ``[1, tokens, f]``; everything else as it is."""
+        """Whatever has a value for each token ``[b or 1, t, f]`` as ``[1, size, f]``; everything else as it is."""
         layout = self.layout
         assert layout is not None
         if isinstance(value, tuple):
@@ -115,8 +116,8 @@ class Packer:
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != width:
             return value
         if value.shape[0] == 1:
-            return value[0].index_select(0, layout.real % width)[None]
-        return PickRows.apply(value.flatten(0, 1), layout.real)[None]  # pyright: ignore
+            return functional.pad(value[0].index_select(0, layout.real % width), (0, 0, 0, layout.spare))[None]
+        return PickRows.apply(value.flatten(0, 1), layout.real, layout.spare)[None]  # pyright: ignore
 
     def _cut(self, module: nn.Module, args: Any) -> Any:
         if not self.first_only or self.rows is None:
@@ -135,7 +136,7 @@ class Packer:
         if self.first_only:
             whole = hidden.transpose(0, 1)
         else:
-            whole = SpreadRows.apply(hidden[0], layout.real, rows * width).view(rows, width, -1)  # pyright: ignore
+            whole = SpreadRows.apply(hidden[0][: layout.tokens], layout.real, rows * width).view(rows, width, -1)  # pyright: ignore
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     @contextmanager

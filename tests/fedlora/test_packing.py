@@ -60,15 +60,20 @@ def batch_of(lengths: list[int]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("spare", [False, True])
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
-def test_a_packed_model_gives_the_numbers_of_the_padded_one(name: str) -> None:
+def test_a_packed_model_gives_the_numbers_of_the_padded_one(
+    name: str, spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if spare:  # as on a CPU in bf16
+        monkeypatch.setattr("fedlora.packing.PackedLayout", lambda mask, rounded: PackedLayout(mask, rounded=True))
     model = model_of(name, {**ENCODERS, **DECODERS}[name])
     packer = Packer(model)
     batch = batch_of([3, 17, 9, 1, 24, 9])
     assert packer.blocks is not None
     found = {}
     tokens: list[int] = []
-    packer.blocks[-1].register_forward_hook(lambda block, args, output: tokens.append(_hidden(args, output).shape[1]))
+    packer.blocks[0].register_forward_hook(lambda block, args, output: tokens.append(_hidden(output).shape[1]))
     for enabled in (False, True):
         model.zero_grad()
         with packer.using(enabled):
@@ -77,12 +82,13 @@ def test_a_packed_model_gives_the_numbers_of_the_padded_one(name: str) -> None:
         gradients = [p.grad.clone() for p in packer.blocks.parameters() if p.grad is not None]
         found[enabled] = [logits.detach(), *gradients]
     assert packer.layout is None
+    assert tokens == [24, 64 if spare else 63]
     assert len(found[True]) == len(found[False]) > 10
     for packed, padded in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
 
 
-def _hidden(args: object, output: object) -> Tensor:
+def _hidden(output: object) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # type: ignore[return-value]
 
 
@@ -206,4 +212,5 @@ def test_picking_and_spreading_rows_have_the_gradients_of_indexing() -> None:
     x = torch.randn(6, 3, dtype=torch.double, requires_grad=True)
     places = torch.tensor([4, 0, 5])
     assert torch.autograd.gradcheck(lambda x: PickRows.apply(x, places), (x,))
+    assert torch.autograd.gradcheck(lambda x: PickRows.apply(x, places, 2), (x,))
     assert torch.autograd.gradcheck(lambda x: SpreadRows.apply(x[:3], places, 6), (x,))
