@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar on -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv simulate test test-slow lint clean
+.PHONY: help .venv simulate bench test test-slow lint clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ help: ## Say what each target does
 
 simulate: .venv/.installed ## Run the demonstration
 	.venv/bin/fedlora simulate experiment=demo
+
+bench: .venv/.installed ## Measure the engines against plain PEFT and Flower on this machine (an hour)
+	.venv/bin/fedlora bench --scale 0.25 --write simulations/benchmark/RESULTS.md
 
 test: .venv/.installed ## Run the tests that take seconds
 	.venv/bin/python -m pytest -n logical --maxprocesses 8

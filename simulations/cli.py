@@ -35,6 +35,7 @@ settings (key=value, as in conf/config.yaml):
   adapter.rank=8  adapter.target_modules=attention|all-linear|[query,value]  adapter.head=shared|private|frozen
   adapter=peft adapter.config._target_=peft.MissConfig       any adapter of PEFT
   strategy._target_=./mine.py:Mine                           a strategy of your own, or any of Flower's
+  engine=auto|cohort|loop|flower  engine.workers=2  precision=fp32|bf16|auto   what trains, and in which number format
   rounds=10  cohort.size=12  client.lr=2e-3  client.local_epochs=1  seed=1  run_dir=runs/mine"""
 
 
