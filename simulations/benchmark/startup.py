@@ -24,22 +24,24 @@ reached()
 import tempfile
 from flwr.app import ConfigRecord, Message, RecordDict
 from fedlora import wire
-from fedlora.client import client_app, worker_for
+from fedlora.client import worker_for
 from fedlora.federation import Federation
 from fedlora.grid import node_of
-from simulations.engines.loop import LoopGrid
+from simulations.engines.build import build_engine
+from simulations.engines.choose import settle
 folder = tempfile.mkdtemp()
-config = compose_config(["method=fedit", "client.local_steps=1", "engine=loop"])
+config = compose_config(["method=fedit", "client.local_steps=1"])
 federation = Federation(config)
 federation.rows
 reached()
 worker = worker_for(config.model_dump_json(), folder)
 reached()
-grid = LoopGrid(client_app(config.model_dump(), folder))
+settle(worker)
 client = federation.clients[0]
 record = ConfigRecord({"server-round": 1, "client-id": client})
 content = RecordDict({"config": record, "arrays": wire.pack(worker.model.read(worker.model.shared))})
-(reply,) = grid.exchange([Message(content, node_of(client), "train")], None)
+with build_engine(worker) as grid:
+    (reply,) = grid.exchange([Message(content, node_of(client), "train")], None)
 assert not reply.has_error(), reply.error
 reached()
 """
