@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,8 +39,8 @@ def run_on_engine(
         workers, threads = config.engine.workers or 2, config.engine.threads or 1
         values = json.dumps(config.model_dump(mode="json"))
 
-        def flower_server(grid: Grid) -> None:
-            server(FlowerGrid(grid, workers, on_reply))
+        def flower_server(grid: Grid, ended: threading.Event) -> None:
+            server(FlowerGrid(grid, workers, ended, on_reply))
 
         run_on_flower(flower_server, client_app(partial(worker_for, values, config.run_dir)), workers, threads)
         return

@@ -16,7 +16,7 @@ RUN = [sys.executable, "-m", "simulations.cli"]
 
 
 def fedlora(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*RUN, *arguments], check=False, capture_output=True, text=True, cwd=cwd)
+    return subprocess.run([*RUN, *arguments], check=False, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def test_flags_and_overrides_may_come_in_any_order() -> None:

@@ -42,3 +42,15 @@ def test_a_failure_under_flower_is_told_as_under_the_loop_engine(tiny_overrides:
     assert "every client failed" in process.stderr
     assert "Lower client.lr" in process.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_flower_without_ray_ends_the_run_and_says_why(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 30)))  # too long for the sockets that Ray puts there
+    settings = [*tiny_overrides, "adapter.rank=4", "engine=flower"]
+    process = fedlora("simulate", *settings, f"run_dir={tmp_path / 'run'}")
+    assert process.returncode == 1
+    assert "engine=flower: Flower's simulation did not run on Ray" in process.stderr
+    assert "AF_UNIX path length" in process.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -20,6 +20,7 @@ from simulations.engines.cluster import UNITS, gpu_share, gpus_of_a_worker
 from simulations.simulate import start
 from tests.conftest import Compose
 from tests.simulations.engines.conftest import forget_processes
+from tests.simulations.test_cli import fedlora
 from tests.simulations.test_resume import assert_same_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves files open
@@ -44,6 +45,14 @@ def test_workers_on_two_nodes_give_the_same_bits_as_none(tiny: Compose, tmp_path
     assert len(set(re.findall(r"'node': '(\w+)'", (tmp_path / "cluster" / "log.txt").read_text()))) == 2
     start(tiny(*settings, "engine.workers=0"), tmp_path / "here")
     assert_same_run(tmp_path / "here", tmp_path / "cluster")
+
+
+def test_flower_does_not_join_a_cluster_that_happens_to_run_here(
+    tiny_overrides: list[str], tmp_path: Path, two_nodes: str
+) -> None:
+    settings = [*tiny_overrides, "adapter.rank=4", "engine=flower", "rounds=1"]
+    process = fedlora("simulate", *settings, f"run_dir={tmp_path / 'run'}")
+    assert process.returncode == 0, process.stderr
 
 
 def refused(tiny: Compose, folder: Path, *settings: str) -> str:
