@@ -24,7 +24,7 @@ from fedlora.cohort import Member, Trained
 from fedlora.config import Config
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
-from fedlora.grid import error_reply
+from fedlora.grid import error_reply, parts_of
 from fedlora.model import AdaptedModel
 from fedlora.ranks import crop, cut_shapes, pad
 from fedlora.schedule import learning_rate
@@ -33,7 +33,7 @@ from fedlora.store import ClientRecord, ClientStore
 from fedlora.trainer import Frozen, Trainer
 from fedlora.training import pack_batches
 
-KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart"}
+KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Job:
         pool: the clients whose rows it trains on: itself, or the pool of ``central``.
         personal: whether it keeps its whole state and sends no tensors.
         references: names of the shared content it holds.
+        parts: the factors that it trains and sends; none: all.
         member: its tensors, rows and random streams.
     """
 
@@ -56,6 +57,7 @@ class Job:
     pool: tuple[str, ...]
     personal: bool
     references: Mapping[str, str]
+    parts: tuple[str, ...]
     member: Member
 
 
@@ -69,7 +71,7 @@ class Worker:
         self.initial: State = self.model.read(self.model.trainable)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
-        self._layouts: dict[int | None, wire.Layout] = {}
+        self._layouts: dict[tuple[int | None, tuple[str, ...]], wire.Layout] = {}
         self._unpacked: tuple[ArrayRecord, wire.Layout, State] | None = None
         self._packed = False
 
@@ -127,11 +129,16 @@ class Worker:
             raise FedloraError(f"the strategy asks for {sorted(unknown)}, which this client does not do")
         personal = bool(instructions.get("personal", False))
         pool = tuple(str(name) for name in instructions.get("pool", [])) or (client,)  # pyright: ignore
+        parts = parts_of(instructions)
 
         record = self.store.read(client, server_round)
         references = self._receive(record.references, content)
         restart = bool(instructions.get("restart", False))
-        state = {**self.initial, **(self._restarted(server_round, client) if restart else {}), **record.private}
+        state = {
+            **self.start_of(client),
+            **(self._restarted(server_round, client) if restart else {}),
+            **record.private,
+        }
         if not personal:
             sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
             state |= self._sent(content, sent)
@@ -140,8 +147,14 @@ class Worker:
             factors = self.model.shapes(key for key in self.model.trainable if key not in self.model.head)
             state |= pad(crop({key: state[key] for key in factors}, cut_shapes(factors, rank)), factors)
         moments = {} if restart else record.optimizer
-        member = self.member(state, pool, server_round, client, moments)
-        return Job(message, client, server_round, pool, personal, references, member)
+        member = self.member(state, pool, server_round, client, moments, self.model.trained_parts(parts))
+        return Job(message, client, server_round, pool, personal, references, parts, member)
+
+    def start_of(self, client: str) -> State:
+        """What ``client`` starts from before it hears from the server: the seeded start, and what is its own."""
+        if not self.model.own:
+            return self.initial
+        return {**self.initial, **self.model.own_tensors(self.federation.config.seed, self.federation.position(client))}
 
     def _sent(self, content: RecordDict, layout: wire.Layout) -> State:
         """The tensors that came with a message; those of the clients of a round are mostly the same record."""
@@ -165,6 +178,7 @@ class Worker:
         server_round: int,
         stream: str,
         moments: Mapping[str, torch.Tensor] | None = None,
+        keys: tuple[str, ...] | None = None,
     ) -> Member:
         """What the trainer needs to train ``state`` on the rows of ``pool``.
 
@@ -178,6 +192,7 @@ class Worker:
             derive_seed(config.seed, "dropout", server_round, stream),
             partial(learning_rate, config.client, server_round, config.rounds),
             moments or {},
+            self.model.trainable if keys is None else keys,
         )
 
     def close(self, job: Job, trained: Trained) -> Message:
@@ -191,33 +206,32 @@ class Worker:
                 f"{trained.failure} of client '{job.client}' in round {job.server_round}. "
                 f"Lower client.lr (now {self.federation.config.client.lr})"
             )
-        state = trained.state
+        state = self.federation.adapter.settled(trained.state)
         kept = self.model.trainable if job.personal else self.model.private
-        if kept or job.references or trained.moments:
-            record = ClientRecord({key: state[key] for key in kept}, job.references, trained.moments)
+        moments = {**job.member.moments, **trained.moments} if trained.moments else {}
+        if kept or job.references or moments:
+            record = ClientRecord({key: state[key] for key in kept}, job.references, moments)
             self.store.write(job.client, job.server_round, record)
         metrics = MetricRecord({"num-examples": len(job.member.rows), "train_loss": trained.loss})
         reply = RecordDict({"metrics": metrics})
         if not job.personal:
-            layout = self.layout(job.client)
+            layout = self.layout(job.client, job.parts)
             sent = crop({key: state[key] for key in layout}, layout)
             reply["arrays"] = wire.pack(sent, self.federation.config.wire.dtype)
         return Message(reply, reply_to=job.message)
 
     def frozen(self, references: Mapping[str, str]) -> Frozen:
         """The basis and the base correction of a client."""
-        factors = self._content("setup", references)
-        if self.federation.adapter.broadcast_frozen:
-            factors = factors or self.seeded_frozen
+        factors = self._content("setup", references) or self.seeded_frozen
         key = references.get("setup"), references.get("correction")
         return Frozen(key, factors, self._content("correction", references))
 
-    def layout(self, client: str) -> wire.Layout:
-        """Names and shapes of what travels to and from ``client``."""
-        rank = self.federation.rank_of(client)
-        if rank not in self._layouts:
-            self._layouts[rank] = self.model.layout(rank)
-        return self._layouts[rank]
+    def layout(self, client: str, parts: tuple[str, ...] = ()) -> wire.Layout:
+        """Names and shapes of what travels to ``client``, and from it if it trained ``parts`` (none: everything)."""
+        key = self.federation.rank_of(client), parts
+        if key not in self._layouts:
+            self._layouts[key] = self.model.layout(*key)
+        return self._layouts[key]
 
     def reset(self) -> None:
         """Put the model back to its seeded start, whatever it was used for before."""
@@ -227,7 +241,7 @@ class Worker:
     def personal(self, client: str, before_round: int) -> tuple[State, Frozen]:
         """What ``client`` has before a round: every trained tensor, those it keeps among them, and what is frozen."""
         record = self.store.read(client, before_round)
-        return {**self.initial, **record.private}, self.frozen(record.references)
+        return {**self.start_of(client), **record.private}, self.frozen(record.references)
 
     def _receive(self, held: Mapping[str, str], content: RecordDict) -> dict[str, str]:
         """Store what came with the message beyond the shared tensors; return the client's new references."""

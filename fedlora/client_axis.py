@@ -43,12 +43,16 @@ class ClientAxis:
         """Find the layers of ``model``."""
         self.model = model
         self.vectorise = False
-        keys = {id(parameter): key for key, parameter in zip(model.trainable, model.parameters(), strict=True)}
+        differing = model.per_client
+        keys = {id(parameter): key for key, parameter in zip(differing, model.parameters(differing), strict=True)}
         self.whole: dict[nn.Module, dict[str, str]] = {}
-        for layer in () if isinstance(model.adapter, LowRankAdapter) else model.layers.values():
+        for layer in model.layers.values():
             assert isinstance(layer, nn.Module)
             named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
-            self.whole[layer] = {name: keys[id(tensor)] for name, tensor in named if id(tensor) in keys}
+            of_clients = {name: id(tensor) for name, tensor in named if id(tensor) in keys}
+            linear = {id(p) for child in layer.modules() if type(child) is nn.Linear for p in child.parameters()}
+            if not (isinstance(model.adapter, LowRankAdapter) and linear.issuperset(of_clients.values())):
+                self.whole[layer] = {name: keys[tensor] for name, tensor in of_clients.items()}
         inside = {id(child) for layer in self.whole for child in layer.modules()}
         self.grouped: dict[nn.Linear, tuple[str | None, str | None]] = {}
         for layer in model.module.modules():
@@ -59,7 +63,7 @@ class ClientAxis:
                 self.grouped[layer] = (weight, bias)
         held = {key for pair in self.grouped.values() for key in pair}
         held |= {key for names in self.whole.values() for key in names.values()}
-        self.missing = tuple(key for key in model.trainable if key not in held)
+        self.missing = tuple(key for key in model.per_client if key not in held)
 
     @contextmanager
     def weights(self, stacked: Mapping[str, Tensor], rows: Sequence[int]) -> Iterator[None]:

@@ -37,6 +37,7 @@ class Member:
         dropout_seed: draws the adapter's dropout.
         learning_rate: of a step, by its number from 0 and the number of steps.
         moments: the optimiser state to continue from, or empty.
+        keys: the tensors of ``state`` that are trained; the same for all members of a cohort.
     """
 
     state: State
@@ -45,6 +46,7 @@ class Member:
     dropout_seed: int
     learning_rate: Callable[[int, int], float]
     moments: Mapping[str, Tensor]
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def train_alone(
             member.learning_rate,
             member.dropout_seed,
             member.moments,
+            member.keys,
         )
     except FedloraError as error:
         return Trained({}, math.nan, {}, str(error))
@@ -99,22 +102,23 @@ def train_cohort(
     longest_first = sorted(range(len(members)), key=lambda i: -steps[i])  # who has a step left is a prefix
     members, steps = [members[i] for i in longest_first], [steps[i] for i in longest_first]
     orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
-    stacked = {key: torch.stack([m.state[key] for m in members]).to(model.device) for key in model.trainable}
-    optimizer = _Optimizer(stacked, members, settings)
+    stacked = {key: torch.stack([m.state[key] for m in members]).to(model.device) for key in model.per_client}
+    keys = members[0].keys
+    optimizer = _Optimizer({key: stacked[key] for key in keys}, members, settings)
     losses = torch.full((len(members), max(steps)), math.nan, device=model.device)
-    model.own_trainables()
+    model.own_trainables(keys)
     with training_mode(model.module, 0):
         for step in range(max(steps)):
             active = sum(step < count for count in steps)
             batches = [next(order) for order in orders[:active]]
             rates = [m.learning_rate(step, n) for m, n in zip(members[:active], steps, strict=False)]
-            leaves = {key: value[:active].detach().requires_grad_() for key, value in stacked.items()}
+            leaves = {key: value[:active].detach().requires_grad_(key in keys) for key, value in stacked.items()}
             gradients, losses[:active, step] = cohort_gradients(
                 model, axis, task, encoded, leaves, batches, settings.batch_size
             )
             optimizer.step(gradients, rates)
     found = losses.double().cpu().numpy()
-    stacked = {key: value.cpu() for key, value in stacked.items()}
+    stacked = {key: stacked[key].cpu() for key in model.trainable}
     trained = [
         _trained({key: value[i] for key, value in stacked.items()}, found[i, :count], optimizer.moments(i))
         for i, count in enumerate(steps)
@@ -145,7 +149,7 @@ def cohort_gradients(
         axis: of the model.
         task: gives the loss.
         encoded: all rows of the data set.
-        leaves: each client's tensors ``{key: [clients, ...]}``, requiring gradients.
+        leaves: each client's tensors ``{key: [clients, ...]}``; those that require gradients are trained.
         batches: the row numbers of each client; never empty.
         size: rows of each client in one forward pass.
 
@@ -168,7 +172,8 @@ def cohort_gradients(
             each = task.row_losses(model.module, batch) / totals[owner]
             each.sum().backward()
         losses.index_add_(0, owner, each.detach())
-    gradients = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()}
+    trained = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
+    gradients = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in trained.items()}
     return gradients, losses
 
 
@@ -177,8 +182,7 @@ class _Optimizer:
 
     def __init__(self, stacked: State, members: Sequence[Member], settings: ClientConfig) -> None:
         self.stacked, self.settings = stacked, settings
-        first = next(iter(stacked))
-        self.count = torch.tensor([float(m.moments.get(f"{first}/step", torch.zeros(()))) for m in members])
+        self.counts = {key: _counts(members, key) for key in stacked}
         self.first: State = {}
         self.second: State = {}
         if settings.optimizer == "adamw":
@@ -193,16 +197,16 @@ class _Optimizer:
             norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
             scale = (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
             gradients = {key: g * _wide(scale, g) for key, g in gradients.items()}
-        self.count[:active] += 1
-        lr, count = torch.tensor(rates, dtype=torch.float64), self.count[:active].double()
-        sizes = (lr / (1 - BETAS[0] ** count)).float().to(device)
-        roots = (1 - BETAS[1] ** count).sqrt().float().to(device)
+        lr = torch.tensor(rates, dtype=torch.float64)
+        known: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
         shrink = (1 - lr * settings.weight_decay).float().to(device)
         for key, value in self.stacked.items():
             theta, g = value[:active], gradients[key]
             if settings.optimizer == "sgd":
                 theta.sub_(_wide(lr.float().to(device), g) * (g + settings.weight_decay * theta))
                 continue
+            self.counts[key][:active] += 1
+            sizes, roots = _corrections(self.counts[key][:active], lr, device, known)
             m, v = self.first[key][:active], self.second[key][:active]
             m.lerp_(g, 1 - BETAS[0])
             v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
@@ -217,10 +221,27 @@ class _Optimizer:
             return {}
         kept: State = {}
         for key in self.stacked:
-            kept[f"{key}/step"] = self.count[client].clone()
+            kept[f"{key}/step"] = self.counts[key][client].clone()
             kept[f"{key}/exp_avg"] = self.first[key][client].cpu().clone()
             kept[f"{key}/exp_avg_sq"] = self.second[key][client].cpu().clone()
         return kept
+
+
+def _counts(members: Sequence[Member], key: str) -> Tensor:
+    """Steps that AdamW has taken with a tensor, at each client."""
+    return torch.tensor([float(m.moments.get(f"{key}/step", torch.zeros(()))) for m in members])
+
+
+def _corrections(
+    counts: Tensor, lr: Tensor, device: torch.device, known: dict[tuple[float, ...], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """AdamW's step size and root of the second moment's correction for each client; mostly alike for all tensors."""
+    key = tuple(counts.tolist())
+    if key not in known:
+        count = counts.double()
+        sizes = (lr / (1 - BETAS[0] ** count)).float().to(device)
+        known[key] = sizes, (1 - BETAS[1] ** count).sqrt().float().to(device)
+    return known[key]
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def statistics_of_clients(
     parts: dict[str, list[Statistics]] = {client: [] for client in rows}
     for batch in _client_batches(rows, batch_size):
         stacked = {
-            key: torch.stack([states[client][key] for client, _ in batch]).to(model.device) for key in model.trainable
+            key: torch.stack([states[client][key] for client, _ in batch]).to(model.device) for key in model.per_client
         }
         collated = model.to_device(task.collate(encoded, np.concatenate([own for _, own in batch])))
         with torch.no_grad(), axis.weights(stacked, [len(own) for _, own in batch]):

@@ -133,6 +133,10 @@ class Federation:
             return None
         return ranks[self._positions[client] % len(ranks)]
 
+    def position(self, client: str) -> int:
+        """The place of a training client in :attr:`clients`."""
+        return self._positions[client]
+
     @cached_property
     def _positions(self) -> dict[str, int]:
         return {client: position for position, client in enumerate(self.clients)}

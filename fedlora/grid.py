@@ -164,8 +164,8 @@ class CodecGrid(GridLayer):
     of smaller rank gets, and gives, the leading part of every factor.
     """
 
-    def __init__(self, inner: ClientGrid, layout: Callable[[str], wire.Layout], dtype: str) -> None:
-        """``layout`` gives names and shapes of what travels to and from a client."""
+    def __init__(self, inner: ClientGrid, layout: Callable[[str, tuple[str, ...]], wire.Layout], dtype: str) -> None:
+        """``layout`` gives names and shapes of what a client sends that trained some factors (none: all of them)."""
         super().__init__(inner)
         self.layout = layout
         self.dtype = dtype
@@ -185,7 +185,7 @@ class CodecGrid(GridLayer):
         client = self.client_of(request.metadata.dst_node_id)
         for name, record in request.content.items():
             if isinstance(record, ArrayRecord):
-                record = self._pack(record, self.layout(client) if name == "arrays" else None)
+                record = self._pack(record, self.layout(client, ()) if name == "arrays" else None)
             content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
         cast(ConfigRecord, content["config"])["client-id"] = client
         packed = Message(content, request.metadata.dst_node_id, request.metadata.message_type)
@@ -202,17 +202,18 @@ class CodecGrid(GridLayer):
         try:
             _check_metrics(content)
             if "arrays" in request.content or "arrays" in content:
-                state = self._unpack(content, self.client_of(request.metadata.dst_node_id))
+                state = self._unpack(request, content)
                 content["arrays"] = wire.TensorRecord(state)
         except FedloraError as error:
             return error_reply(request, f"refused reply: {error}")
         return Message(content, reply_to=request)
 
-    def _unpack(self, content: RecordDict, client: str) -> dict[str, Tensor]:
+    def _unpack(self, request: Message, content: RecordDict) -> dict[str, Tensor]:
         record = content.get("arrays")
         if not isinstance(record, ArrayRecord):
             raise FedloraError("it holds no arrays")
-        layout = self.layout(client)
+        client = self.client_of(request.metadata.dst_node_id)
+        layout = self.layout(client, parts_of(request.content.config_records["config"]))
         flat = wire.numbers(record, layout, self.dtype)
         state = wire.views(flat, layout)
         if not bool(flat.sum().isfinite()):  # or the numbers are only large
@@ -231,6 +232,11 @@ class CodecGrid(GridLayer):
         return self._packed[key][1]
 
 
+def parts_of(instructions: Mapping[str, Any]) -> tuple[str, ...]:
+    """The factors that a message asks to train, and so the ones that its reply holds; none: all."""
+    return tuple(str(part) for part in instructions.get("train", ()))
+
+
 def _check_metrics(content: RecordDict) -> None:
     """Refuse a reply without a number of examples that can be a weight, or without a finite loss."""
     record = content.get("metrics")
@@ -243,12 +249,17 @@ def _check_metrics(content: RecordDict) -> None:
 
 
 class SetupGrid(GridLayer):
-    """Adds what a client must receive once (a basis) until the client has answered."""
+    """Adds what a client must receive once (a basis) until the client has answered, and again when it has changed."""
 
     def __init__(self, inner: ClientGrid, setup: Mapping[str, Tensor], delivered: Iterable[str] = ()) -> None:
         super().__init__(inner)
         self.setup = wire.pack(setup) if setup else None
         self.delivered = set(delivered)
+
+    def replace(self, setup: Mapping[str, Tensor]) -> None:
+        """From now on every client needs ``setup``, and none has it."""
+        self.setup = wire.pack(setup)
+        self.delivered.clear()
 
     def down(self, request: Message) -> Message:
         """Attach the setup where it is missing."""

@@ -32,6 +32,8 @@ class AdaptedModel:
         layers: the adapted layers by module name.
         shared: keys that travel, in wire order.
         private: trained keys that never leave the client.
+        rounds: keys that are trained anew in every round and folded into what travels.
+        own: keys that are not trained and differ from client to client.
         frozen: floating-point keys of the adapter that are not trained and identical on every client.
         head: keys of the task head, wherever it belongs.
         packer: packs padded batches, once it is told to.
@@ -54,18 +56,21 @@ class AdaptedModel:
         self.module: nn.Module = injected.tuner.model.eval()
         self.layers = injected.layers
         self.packer = Packer(self.module)
-        trained = tuple(key for key, tensor in injected.tensors.items() if adapter.trains(key, tensor))
+        places = {key: adapter.place(key, tensor) for key, tensor in injected.tensors.items()}
         floating = {key: tensor for key, tensor in injected.tensors.items() if tensor.is_floating_point()}
-        if strange := [key for key in trained if key not in floating]:
+        if strange := [key for key, place in places.items() if place != "frozen" and key not in floating]:
             raise InputError(f"adapter {adapter.label}: '{strange[0]}' is trained but does not hold real numbers.")
-        self.frozen = tuple(key for key in floating if key not in trained)
+        shared, private, self.rounds, self.own, self.frozen = (
+            tuple(key for key in floating if places[key] == place)
+            for place in ("shared", "private", "round", "client", "frozen")
+        )
         ours = {id(tensor) for tensor in injected.tensors.values()}
         head = {key: p for key, p in self.module.named_parameters() if key.split(".")[0] in heads and id(p) not in ours}
         self._tensors: dict[str, Tensor] = {**floating, **head}
         self.head = tuple(head)
         place = adapter.config.head
-        self.shared = trained + (tuple(head) if place == "shared" else ())
-        self.private = tuple(head) if place == "private" else ()
+        self.shared = shared + (tuple(head) if place == "shared" else ())
+        self.private = private + (tuple(head) if place == "private" else ())
         self._corrections: dict[str, Tensor] = {}
         for name, layer in self.layers.items() if isinstance(adapter, LowRankAdapter) else ():
             layer.get_base_layer().register_forward_hook(self._correction_hook(name))
@@ -73,8 +78,27 @@ class AdaptedModel:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Every trained key: shared, then private."""
-        return self.shared + self.private
+        """Every trained key: shared, private, then those of a round."""
+        return self.shared + self.private + self.rounds
+
+    @property
+    def per_client(self) -> tuple[str, ...]:
+        """Every key whose tensor may differ from client to client while they train."""
+        return self.trainable + self.own
+
+    def trained_parts(self, parts: Iterable[str]) -> tuple[str, ...]:
+        """The trained keys of the factors ``parts`` (such as ``lora_A``; none: of all), and of the head.
+
+        Raises:
+            FedloraError: the adapter has no trained factor of that name.
+        """
+        wanted = set(parts)
+        if not wanted:
+            return self.trainable
+        known = {part_of(key) for key in self.trainable if key not in self.head}
+        if not wanted <= known:
+            raise FedloraError(f"{sorted(wanted - known)} is no trained factor; there are {sorted(known)}")
+        return tuple(key for key in self.trainable if key in self.head or part_of(key) in wanted)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +110,7 @@ class AdaptedModel:
         """The number format of the backbone's blocks; what is trained is fp32 in any case."""
         return self.packer.dtype if self.packer.blocks is not None else torch.float32
 
-    def own_tensors(self) -> list[Tensor]:
+    def loadable(self) -> list[Tensor]:
         """What :meth:`load` may write to: the adapter's tensors and the head; all else stays as it was loaded."""
         return list(self._tensors.values())
 
@@ -102,23 +126,23 @@ class AdaptedModel:
         """A batch where the model is."""
         return {name: values.to(self.device) for name, values in batch.items()}
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters in key order."""
-        return [cast(nn.Parameter, self._tensors[key]) for key in self.trainable]
+    def parameters(self, keys: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """The parameters of ``keys`` (``None``: all trained ones) in their order."""
+        return [cast(nn.Parameter, self._tensors[key]) for key in (self.trainable if keys is None else keys)]
 
-    def own_trainables(self) -> None:
-        """Train exactly the trained keys, whatever PEFT has switched on or off."""
+    def own_trainables(self, keys: Iterable[str] | None = None) -> None:
+        """Train exactly ``keys`` (``None``: all trained ones), whatever PEFT has switched on or off."""
         self.module.requires_grad_(False)
-        for parameter in self.parameters():
+        for parameter in self.parameters(keys):
             parameter.requires_grad_(True)
 
-    def assert_trainables(self) -> None:
-        """Check that exactly the trained keys require gradients.
+    def assert_trainables(self, keys: Iterable[str] | None = None) -> None:
+        """Check that exactly ``keys`` (``None``: all trained ones) require gradients.
 
         Raises:
             FedloraError: something else would be trained, or something trained has been frozen.
         """
-        owned = {id(parameter) for parameter in self.parameters()}
+        owned = {id(parameter) for parameter in self.parameters(keys)}
         wrong = [name for name, p in self.module.named_parameters() if p.requires_grad != (id(p) in owned)]
         if wrong:
             raise FedloraError(f"Trainable tensors changed behind adapter '{self.adapter.label}': {', '.join(wrong)}.")
@@ -145,6 +169,10 @@ class AdaptedModel:
     def initialise(self, seed: int, gradients: State | None = None) -> None:
         """Start the adapter's tensors; see :meth:`Adapter.initialise`."""
         self.adapter.initialise(self.layers, seed, gradients)
+
+    def own_tensors(self, seed: int, position: int) -> State:
+        """The tensors of :attr:`own` of a client; see :meth:`Adapter.own_tensors`."""
+        return self.adapter.own_tensors(self.layers, seed, position)
 
     @cached_property
     def affinity(self) -> Affinity:
@@ -182,9 +210,13 @@ class AdaptedModel:
         """Shapes of ``keys``; works on the meta device."""
         return {key: tuple(self._tensors[key].shape) for key in keys}
 
-    def layout(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what travels to and from a client of ``rank`` (``None``: the rank of the model)."""
-        return cut_shapes(self.shapes(self.shared), rank)
+    def layout(self, rank: int | None = None, parts: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what travels to and from a client of ``rank`` (``None``: the rank of the model).
+
+        With ``parts``, what a client sends that trained these factors only (:meth:`trained_parts`).
+        """
+        trained = set(self.trained_parts(parts))
+        return cut_shapes(self.shapes(key for key in self.shared if key in trained), rank)
 
     def narrow(self, rank: int | None) -> None:
         """Make the model that of a client of ``rank``: all further components of its factors become zero."""
@@ -209,3 +241,8 @@ class AdaptedModel:
             return output + functional.linear(inputs[0].to(correction.dtype), correction).to(output.dtype)
 
         return add
+
+
+def part_of(key: str) -> str:
+    """The factor that a key of an adapter belongs to: ``lora_A`` of ``<module>.lora_A.weight``."""
+    return key.split(".")[-2]

@@ -115,7 +115,7 @@ def _obstacle(model: AdaptedModel, task: Task, axis: ClientAxis) -> str | None:
 def _deviation(trainer: Trainer, axis: ClientAxis, sample: np.ndarray) -> str | None:
     """Why the client axis does not give the numbers of each client alone, or ``None``."""
     model, clients = trainer.model, 3
-    start = model.read(model.trainable)
+    start = model.read(model.per_client)
     generator = torch.Generator().manual_seed(0)
     states = [
         {key: (value.cpu() + 0.02 * torch.randn(value.shape, generator=generator)) for key, value in start.items()}
@@ -158,7 +158,8 @@ def _alone(trainer: Trainer, state: State, batch: np.ndarray) -> State:
 
 def _together(trainer: Trainer, axis: ClientAxis, states: list[State], batches: list[np.ndarray]) -> State:
     model = trainer.model
-    leaves = {key: torch.stack([s[key] for s in states]).to(model.device).requires_grad_() for key in model.trainable}
+    stacked = {key: torch.stack([s[key] for s in states]).to(model.device) for key in model.per_client}
+    leaves = {key: value.requires_grad_(key in model.trainable) for key, value in stacked.items()}
     with training_mode(model.module, 0):
         size = max(map(len, batches))
         gradients, losses = cohort_gradients(model, axis, trainer.task, trainer.rows, leaves, batches, size)

@@ -30,8 +30,9 @@ def train_steps(
     learning_rate: Callable[[int, int], float],
     dropout_seed: int,
     moments: Mapping[str, Tensor],
+    keys: tuple[str, ...],
 ) -> tuple[float, State]:
-    """Train the model's trainables in place on ``rows``.
+    """Train the tensors ``keys`` of the model in place on ``rows``.
 
     Args:
         model: loaded with the state to start from.
@@ -43,6 +44,7 @@ def train_steps(
         learning_rate: of a step, by its number from 0 and the number of steps.
         dropout_seed: draws the adapter's dropout.
         moments: the optimiser state to continue from, as this function returned it; empty to start anew.
+        keys: what is trained.
 
     Returns:
         The mean loss over the steps, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is set.
@@ -50,10 +52,10 @@ def train_steps(
     Raises:
         FedloraError: a loss is not finite; the message has the step.
     """
-    model.own_trainables()
-    parameters = model.parameters()
-    optimizer = _optimizer(parameters, settings)
-    _load_moments(optimizer, model, moments)
+    model.own_trainables(keys)
+    parameters = dict(zip(keys, model.parameters(keys), strict=True))
+    optimizer = _optimizer(list(parameters.values()), settings)
+    _load_moments(optimizer, parameters, moments)
     whole = settings.batch_size * settings.grad_accumulation
     steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
     losses: list[float] = []
@@ -64,12 +66,12 @@ def train_steps(
             if not math.isfinite(losses[-1]):
                 raise FedloraError(f"the loss is {losses[-1]} at local step {len(losses)}")
             if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             optimizer.step()
-    model.assert_trainables()
-    return float(np.mean(losses)), _moments(optimizer, model) if settings.keep_optimizer else {}
+    model.assert_trainables(keys)
+    return float(np.mean(losses)), _moments(optimizer, parameters) if settings.keep_optimizer else {}
 
 
 def _backward(model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.ndarray, size: int) -> float:
@@ -149,19 +151,21 @@ def _optimizer(parameters: list[nn.Parameter], settings: ClientConfig) -> torch.
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def _moments(optimizer: torch.optim.Optimizer, model: AdaptedModel) -> State:
+def _moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> State:
     """AdamW's state as plain tensors: ``<key>/step``, ``<key>/exp_avg`` and ``<key>/exp_avg_sq``."""
-    found = zip(model.trainable, model.parameters(), strict=True)
     return {
         f"{key}/{name}": cast(Tensor, value).cpu().clone()
-        for key, parameter in found
+        for key, parameter in parameters.items()
         for name, value in optimizer.state[parameter].items()
     }
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, model: AdaptedModel, moments: Mapping[str, Tensor]) -> None:
-    parameters = dict(zip(model.trainable, model.parameters(), strict=True))
+def _load_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+) -> None:
     for path, value in moments.items():
         key, _, name = path.rpartition("/")
+        if key not in parameters:
+            continue  # of a factor that rests this round
         place = "cpu" if name == "step" else parameters[key].device
         optimizer.state[parameters[key]][name] = value.to(place, copy=True)

@@ -32,7 +32,8 @@ class Checkpoint:
     Attributes:
         round: last completed round (0: only the start has been evaluated).
         state: the global shared tensors.
-        frozen: the frozen factors as the server started them.
+        frozen: the frozen factors as they are now.
+        setup: whether clients are sent them.
         strategy: the strategy's own state.
         delivered: clients that hold the setup.
         best: the best evaluation so far.
@@ -41,6 +42,7 @@ class Checkpoint:
     round: int
     state: State
     frozen: State
+    setup: bool
     strategy: dict[str, Any]
     delivered: list[str]
     best: dict[str, Any] | None

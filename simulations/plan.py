@@ -23,7 +23,7 @@ from fedlora import wire
 from fedlora.adapters import State, registered
 from fedlora.config import Config
 from fedlora.federation import Federation
-from fedlora.grid import node_of
+from fedlora.grid import node_of, parts_of
 from fedlora.ledger import TOTALS
 from fedlora.model import AdaptedModel
 from fedlora.plugins import load_object
@@ -43,7 +43,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     """Return the plan of one run: parameters and bytes per client and round, per run, memory and work.
 
     ``upload_params``, ``download_params`` are per client and round (the mean where rounds differ), ``setup_params``
-    once per client; ``total_bytes`` is every message of the run.
+    once per client (again whenever the strategy changes them); ``total_bytes`` is every message of the run.
 
     Raises:
         InputError: as the run itself would.
@@ -56,7 +56,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     trainable = sum(prod(shape) for shape in model.shapes(model.trainable).values())
     traffic = _traffic(federation, model, ours, rounds)
     messages = max(traffic["clients"], 1)
-    setup = sum(prod(s) for s in model.shapes(model.frozen).values()) if federation.adapter.broadcast_frozen else 0
+    setup = sum(prod(s) for s in model.shapes(model.frozen).values()) if traffic["setup_bytes"] else 0
     communicates = ours is None or ours.communicates
     weights_held, step = weight_bytes(federation, model), step_bytes(federation, model)
     itemsize = wire.DTYPES[config.wire.dtype].itemsize
@@ -69,10 +69,10 @@ def plan_run(config: Config) -> dict[str, Any]:
         "trainable_params": trainable if rounds else 0,
         "upload_params": round(traffic["payload_up"] / messages / itemsize) if communicates else 0,
         "download_params": round(traffic["params_down"] / messages) if communicates else 0,
-        "setup_params": setup if communicates and rounds else 0,
+        "setup_params": setup,
         "payload_up_per_client": traffic["payload_up"] / messages,
         "payload_down_per_client": traffic["payload_down"] / messages,
-        "setup_bytes_per_client": setup * FP32 if communicates and rounds else 0,
+        "setup_bytes_per_client": setup * FP32,
         "message_bytes_per_client_round": (traffic["message_up"] + traffic["message_down"]) / messages,
         **{key: traffic[key] for key in TOTALS},
         "total_bytes": traffic["message_up"] + traffic["message_down"],
@@ -92,6 +92,7 @@ def _traffic(
     setup = sum(prod(s) for s in model.shapes(model.frozen).values()) * FP32
     itemsize = wire.DTYPES[config.wire.dtype].itemsize
     delivered: set[str] = set()
+    sends_frozen = federation.adapter.broadcast_frozen
     per_round: list[dict[str, int]] = []
     total: dict[str, int] = defaultdict(int)
     counted = ours is None or ours.communicates
@@ -101,14 +102,15 @@ def _traffic(
         sums: dict[str, int] = defaultdict(int)
         replies = []
         for client, count, share in zip(chosen, examples, weights(examples, "examples"), strict=True):
-            layout = model.layout(federation.rank_of(client))
+            rank = federation.rank_of(client)
             out = ours.send(client, server_round, shared) if counted and ours is not None else Outgoing(shared)
-            sent, answer = crop(out.state, layout), crop(shared, layout)
+            layout = model.layout(rank, parts_of(out.instructions))
+            sent, answer = crop(out.state, model.layout(rank)), crop({key: shared[key] for key in layout}, layout)
             correction = out.correction.tensors() if out.correction is not None else {}
             header = out.correction.header() if out.correction is not None else None
             down = _numbers(sent) * itemsize
             extra = _numbers(correction) * FP32
-            once = setup if federation.adapter.broadcast_frozen and client not in delivered else 0
+            once = setup if sends_frozen and client not in delivered else 0
             delivered.add(client)
             up = _numbers(answer) * itemsize
             sums["payload_down"] += down + extra
@@ -125,6 +127,9 @@ def _traffic(
             sums = defaultdict(int)
         elif ours is not None:
             shared = ours.fold(server_round, shared, replies)
+            if ours.frozen():
+                sends_frozen = True
+                delivered.clear()
         total["clients"] += len(chosen)
         for key, value in sums.items():
             total[key] += value

@@ -57,11 +57,12 @@ class FederatedRun:
             self.frozen: State = worker.model.read(worker.model.frozen)
             self.ledger, self.completed, self.best = Ledger(), -1, None
             delivered: list[str] = []
+            self.sends_frozen = self.federation.adapter.broadcast_frozen
         else:
             at, self.ledger = saved
             self.state, self.frozen, self.completed, self.best = at.state, at.frozen, at.round, at.best
             checkpoint.restore_strategy(self.strategy, at.strategy)
-            delivered = at.delivered
+            delivered, self.sends_frozen = at.delivered, at.setup
         folder.truncate_rounds(self.completed)
         self._saved_round = self.completed
         self._unrecorded = 0.0  # seconds after the previous round was written down: its checkpoint
@@ -75,10 +76,9 @@ class FederatedRun:
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
         grid = MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
-        setup = self.frozen if self.federation.adapter.broadcast_frozen else {}
-        setup_grid = SetupGrid(grid, setup, self._delivered)
-        self._delivered = setup_grid.delivered
-        return CodecGrid(setup_grid, self.worker.layout, self.config.wire.dtype)
+        self._setup = SetupGrid(grid, self.frozen if self.sends_frozen else {}, self._delivered)
+        self._delivered = self._setup.delivered
+        return CodecGrid(self._setup, self.worker.layout, self.config.wire.dtype)
 
     def run(self, engine: ClientGrid) -> None:
         """Run all rounds that are left.
@@ -119,10 +119,18 @@ class FederatedRun:
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 self.state = wire.from_record(arrays)
+                self._refreeze(self.ours.frozen() if self.ours is not None else {})
             error = self._aggregation_error(expected if arrays is not None else None)
         del replies, messages  # no longer held while the round is evaluated
         loss = None if metrics is None else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
+
+    def _refreeze(self, frozen: State) -> None:
+        """Send ``frozen`` to every client from now on, if the strategy changed something."""
+        if frozen:
+            self.frozen = self.evaluator.frozen = frozen
+            self.sends_frozen = True
+            self._setup.replace(frozen)
 
     def _failures(
         self, server_round: int, chosen: Sequence[str], replies: list[Message], grid: ClientGrid
@@ -156,6 +164,8 @@ class FederatedRun:
         shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
         model = self.worker.model
         states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
+        if states[0].keys() != self.state.keys():  # clients trained a part of it; the rest is common
+            states = [{**self.state, **state} for state in states]
         if model.affinity.affine and model.affinity.error is None:
             mean = exact_mean(states, shares, [key for key in states[0] if key not in model.head])
             return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
@@ -236,6 +246,7 @@ class FederatedRun:
             round=server_round,
             state=self.state,
             frozen=self.frozen,
+            setup=self.sends_frozen,
             strategy=checkpoint.strategy_state(self.strategy),
             delivered=sorted(self._delivered),
             best=self.best,

@@ -5,9 +5,12 @@ from strategies.base import FederatedStrategy, Outgoing, Reply, weighted_mean
 from strategies.central import Central
 from strategies.fedex import FedEx
 from strategies.fedit import FedIT
+from strategies.fedsa import FedSA
+from strategies.fedsvd import FedSVD
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.local import Local
+from strategies.rolora import RoLoRA
 from strategies.zero_shot import ZeroShot
 
 __all__ = [
@@ -16,11 +19,14 @@ __all__ = [
     "FLoRA",
     "FedEx",
     "FedIT",
+    "FedSA",
+    "FedSVD",
     "FederatedStrategy",
     "FlexLoRA",
     "Local",
     "Outgoing",
     "Reply",
+    "RoLoRA",
     "ZeroShot",
     "weighted_mean",
 ]

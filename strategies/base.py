@@ -53,7 +53,8 @@ class Outgoing:
     Attributes:
         state: shared tensors to start from; empty for strategies that send none.
         correction: what brings the client's base up to date, or ``None``.
-        instructions: further keys for the client.
+        instructions: further keys for the client: ``train``, the names of the factors that it trains and sends back
+            (such as ``["lora_B"]``; the head always is), ``restart``, ``personal``, ``pool``.
     """
 
     state: Mapping[str, Tensor]
@@ -115,6 +116,13 @@ class FederatedStrategy(Strategy):
 
     def failed(self, client: str) -> None:
         """Called for a client that was addressed and did not answer with a usable reply."""
+
+    def frozen(self) -> State:
+        """The frozen tensors that the last :meth:`fold` changed (all of them, or none).
+
+        Every client gets them, as setup, with its next message; the base of a strategy changes none.
+        """
+        return {}
 
     def residual(self) -> dict[str, LowRank]:
         """The part of the last aggregate's dW that went into the base instead of the state (FedEx)."""

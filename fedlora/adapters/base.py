@@ -20,6 +20,13 @@ from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 
 State = dict[str, Tensor]
+Place = Literal["shared", "private", "round", "client", "frozen"]
+"""Where a tensor of an adapter lives.
+
+``shared``: trained, and travels. ``private``: trained, and never leaves the client. ``round``: trained anew in every
+round, and folded into what travels at its end (:meth:`Adapter.settled`). ``client``: not trained, and each client has
+its own, made from the seed (:meth:`Adapter.own_tensors`). ``frozen``: not trained, and the same everywhere.
+"""
 ADAPTER_NAME = "default"
 
 
@@ -88,6 +95,10 @@ class Adapter(ABC):
     def trains(self, key: str, tensor: Tensor) -> bool:
         """Whether the injected tensor ``key`` (``<module>.<name>``) is trained; the others are frozen."""
 
+    def place(self, key: str, tensor: Tensor) -> Place:
+        """Where the injected tensor ``key`` lives; by default everything trained is shared."""
+        return "shared" if self.trains(key, tensor) else "frozen"
+
     @abstractmethod
     def check(self, layers: Mapping[str, BaseTunerLayer], tensors: Mapping[str, Tensor]) -> None:
         """Refuse layers that this adapter cannot serve; called once after injection, also on the meta device.
@@ -110,6 +121,14 @@ class Adapter(ABC):
             seed: the run's seed; each layer draws from its own stream.
             gradients: ``{module: [m, n]}`` summed loss gradients of the public sample, when asked for.
         """
+
+    def own_tensors(self, layers: Mapping[str, Any], seed: int, position: int) -> State:
+        """The tensors of place ``client`` of the client at ``position`` in the sorted list of all training clients."""
+        return {}
+
+    def settled(self, state: Mapping[str, Tensor]) -> State:
+        """What a client has after a round, with everything of place ``round`` folded into what travels."""
+        return dict(state)
 
     def delta(self, state: Mapping[str, Tensor]) -> dict[str, LowRank] | None:
         """dW of every adapted module from a full state (shared and frozen tensors).

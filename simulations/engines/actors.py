@@ -180,7 +180,7 @@ def _shipped(trainer: Trainer) -> Parcel:
     device = str(trainer.model.device)
     trainer.model.to("cpu")
     try:
-        return ship(trainer, {id(tensor) for tensor in trainer.model.own_tensors()})
+        return ship(trainer, {id(tensor) for tensor in trainer.model.loadable()})
     finally:
         trainer.model.to(device)
 

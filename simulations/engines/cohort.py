@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
@@ -66,9 +67,9 @@ class CohortGrid(ClientGrid):
 
     def cohorts(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """Jobs that train together: equal frozen content, about equally many steps, ``tokens`` tokens a step."""
-        groups: dict[tuple[str | None, str | None], list[Job]] = defaultdict(list)
+        groups: dict[tuple[Any, ...], list[Job]] = defaultdict(list)
         for job in jobs:
-            groups[job.references.get("setup"), job.references.get("correction")].append(job)
+            groups[job.references.get("setup"), job.references.get("correction"), job.parts].append(job)
         cohorts: list[list[Job]] = []
         settings = self.worker.federation.config.client
         for members in groups.values():

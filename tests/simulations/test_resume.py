@@ -30,6 +30,9 @@ CASES = {
     "FedAdam": ["strategy._target_=flwr.serverapp.strategy.FedAdam"],
     "flora": ["method=flora", "adapter.client_ranks=[4,2,1]", "adapter.head=private"],
     "flexlora": ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
+    "fedsvd": ["method=fedsvd", "strategy.refresh=2"],
+    "fedsa": ["method=fedsa", "engine=cohort"],
+    "rolora": ["method=rolora", "client.keep_optimizer=true"],
     "cohorts": ["method=fedex", "engine=cohort"],
     "cohorts of clients with a state": [
         "method=local",

@@ -84,9 +84,9 @@ def test_frozen_tensors_share_the_memory_of_the_parcel_and_trained_ones_are_copi
 
 def test_the_memory_of_a_trainer_is_shared_except_for_what_it_trains(tiny: Compose, tmp_path: Path) -> None:
     worker = Worker(Federation(tiny("method=fed_sb", "adapter.basis=weight")), ClientStore(tmp_path))
-    parcel = ship(worker.trainer, {id(tensor) for tensor in worker.model.own_tensors()})
+    parcel = ship(worker.trainer, {id(tensor) for tensor in worker.model.loadable()})
     trainer = unship(over_the_wire(parcel))
-    own = {tensor.data_ptr() for tensor in trainer.model.own_tensors()}
+    own = {tensor.data_ptr() for tensor in trainer.model.loadable()}
     frozen = [tensor for tensor in trainer.model.module.parameters() if tensor.data_ptr() not in own]
     assert len(frozen) > 20
     assert len(pickle.dumps(parcel.pickled)) < 500_000
@@ -100,7 +100,7 @@ def test_a_shipped_trainer_gives_the_same_bits(tiny: Compose, tmp_path: Path) ->
     worker = Worker(Federation(tiny(f"task.name={__file__}:Mine")), ClientStore(tmp_path))
     assert worker.share_steps() is None
     members = [worker.member(worker.initial, [client], 1, client) for client in worker.federation.clients[:3]]
-    parcel = over_the_wire(ship(worker.trainer, {id(tensor) for tensor in worker.model.own_tensors()}))
+    parcel = over_the_wire(ship(worker.trainer, {id(tensor) for tensor in worker.model.loadable()}))
     there = unship(parcel)
     assert there.task.answer == 42
     found = there.train(unship(over_the_wire(ship(members))))
@@ -125,7 +125,7 @@ def test_a_quantised_backbone_trains_there_as_here(tiny: Compose, tmp_path: Path
     worker = Worker(Federation(tiny(f"backbone.quantization={quantization}")), ClientStore(tmp_path))
     worker.share_steps()
     members = [worker.member(worker.initial, [client], 1, client) for client in worker.federation.clients[:2]]
-    there = unship(over_the_wire(ship(worker.trainer, {id(tensor) for tensor in worker.model.own_tensors()})))
+    there = unship(over_the_wire(ship(worker.trainer, {id(tensor) for tensor in worker.model.loadable()})))
     for one, two in zip(worker.trainer.train(members), there.train(members), strict=True):
         assert one.failure is two.failure is None
         assert all(torch.equal(value, two.state[key]) for key, value in one.state.items())
