@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora import correction, wire
 from fedlora.adapters import State
+from fedlora.capability import Capability
 from fedlora.cohort import Member, Trained
 from fedlora.config import Config
 from fedlora.errors import FedloraError
@@ -71,7 +72,8 @@ class Worker:
         self.initial: State = self.model.read(self.model.trainable)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
-        self._layouts: dict[tuple[int | None, tuple[str, ...]], wire.Layout] = {}
+        self._layouts: dict[int | None, wire.Layout] = {}
+        self._answers: dict[tuple[Capability, tuple[str, ...]], wire.Layout] = {}
         self._unpacked: tuple[ArrayRecord, wire.Layout, State] | None = None
         self._packed = False
 
@@ -142,12 +144,13 @@ class Worker:
         if not personal:
             sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
             state |= self._sent(content, sent)
-        rank = self.federation.rank_of(client)
-        if rank is not None:
+        capability = self.federation.capability(client)
+        if capability.rank is not None:
             factors = self.model.shapes(key for key in self.model.trainable if key not in self.model.head)
-            state |= pad(crop({key: state[key] for key in factors}, cut_shapes(factors, rank)), factors)
+            state |= pad(crop({key: state[key] for key in factors}, cut_shapes(factors, capability.rank)), factors)
         moments = {} if restart else record.optimizer
-        member = self.member(state, pool, server_round, client, moments, self.model.trained_parts(parts))
+        keys = self.model.trains(parts, capability.modules)
+        member = self.member(state, pool, server_round, client, moments, keys)
         return Job(message, client, server_round, pool, personal, references, parts, member)
 
     def start_of(self, client: str) -> State:
@@ -215,7 +218,7 @@ class Worker:
         metrics = MetricRecord({"num-examples": len(job.member.rows), "train_loss": trained.loss})
         reply = RecordDict({"metrics": metrics})
         if not job.personal:
-            layout = self.layout(job.client, job.parts)
+            layout = self.answer_layout(job.client, job.parts)
             sent = crop({key: state[key] for key in layout}, layout)
             reply["arrays"] = wire.pack(sent, self.federation.config.wire.dtype)
         return Message(reply, reply_to=job.message)
@@ -226,12 +229,19 @@ class Worker:
         key = references.get("setup"), references.get("correction")
         return Frozen(key, factors, self._content("correction", references))
 
-    def layout(self, client: str, parts: tuple[str, ...] = ()) -> wire.Layout:
-        """Names and shapes of what travels to ``client``, and from it if it trained ``parts`` (none: everything)."""
-        key = self.federation.rank_of(client), parts
-        if key not in self._layouts:
-            self._layouts[key] = self.model.layout(*key)
-        return self._layouts[key]
+    def layout(self, client: str) -> wire.Layout:
+        """Names and shapes of what travels to ``client``."""
+        rank = self.federation.capability(client).rank
+        if rank not in self._layouts:
+            self._layouts[rank] = self.model.layout(rank)
+        return self._layouts[rank]
+
+    def answer_layout(self, client: str, parts: tuple[str, ...] = ()) -> wire.Layout:
+        """Names and shapes of what travels from ``client`` when it was asked to train ``parts`` (none: everything)."""
+        key = self.federation.capability(client), parts
+        if key not in self._answers:
+            self._answers[key] = self.model.answer_layout(*key)
+        return self._answers[key]
 
     def reset(self) -> None:
         """Put the model back to its seeded start, whatever it was used for before."""

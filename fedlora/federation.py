@@ -19,6 +19,7 @@ from pandas.core.util.hashing import hash_pandas_object
 from fedlora.adapters import Adapter, State, build_adapter
 from fedlora.adapters.injection import WeightsNeededError
 from fedlora.backbone import Backbone
+from fedlora.capability import Capability, assigned, modules_named
 from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig
 from fedlora.data.index import ClientIndex, build_index
 from fedlora.data.partition import assign_clients
@@ -126,12 +127,16 @@ class Federation:
         """Tokens a row: ``client.max_length``, or what the backbone can read if that is less."""
         return min(self.config.client.max_length, self.backbone.max_length() or self.config.client.max_length)
 
-    def rank_of(self, client: str) -> int | None:
-        """The rank of ``client`` by ``adapter.client_ranks``; ``None`` where it is that of the adapter."""
-        ranks = self.adapter.client_ranks
-        if ranks is None or client not in self._positions:
-            return None
-        return ranks[self._positions[client] % len(ranks)]
+    def capability(self, client: str) -> Capability:
+        """What ``client`` is able to train; everything, if it is no training client."""
+        if client not in self._positions:
+            return Capability()
+        place, seed = self._positions[client], self.config.seed
+        ranks, modules = self.adapter.client_ranks, self.adapter.config.client_modules
+        return Capability(
+            None if ranks is None else assigned(ranks, place, seed, "rank", client),
+            () if modules is None else modules_named(assigned(modules, place, seed, "modules", client)),
+        )
 
     def position(self, client: str) -> int:
         """The place of a training client in :attr:`clients`."""

@@ -164,10 +164,19 @@ class CodecGrid(GridLayer):
     of smaller rank gets, and gives, the leading part of every factor.
     """
 
-    def __init__(self, inner: ClientGrid, layout: Callable[[str, tuple[str, ...]], wire.Layout], dtype: str) -> None:
-        """``layout`` gives names and shapes of what a client sends that trained some factors (none: all of them)."""
+    def __init__(
+        self,
+        inner: ClientGrid,
+        layout: Callable[[str], wire.Layout],
+        answer: Callable[[str, tuple[str, ...]], wire.Layout],
+        dtype: str,
+    ) -> None:
+        """Names and shapes: ``layout`` of what goes to a client, ``answer`` of what comes back.
+
+        ``answer`` gets the factors that the client was asked to train, none for all of them.
+        """
         super().__init__(inner)
-        self.layout = layout
+        self.layout, self.answer = layout, answer
         self.dtype = dtype
         self._packed: dict[tuple[Any, ...], tuple[ArrayRecord, ArrayRecord]] = {}
         self._sent = 0
@@ -185,7 +194,7 @@ class CodecGrid(GridLayer):
         client = self.client_of(request.metadata.dst_node_id)
         for name, record in request.content.items():
             if isinstance(record, ArrayRecord):
-                record = self._pack(record, self.layout(client, ()) if name == "arrays" else None)
+                record = self._pack(record, self.layout(client) if name == "arrays" else None)
             content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
         cast(ConfigRecord, content["config"])["client-id"] = client
         packed = Message(content, request.metadata.dst_node_id, request.metadata.message_type)
@@ -213,7 +222,7 @@ class CodecGrid(GridLayer):
         if not isinstance(record, ArrayRecord):
             raise FedloraError("it holds no arrays")
         client = self.client_of(request.metadata.dst_node_id)
-        layout = self.layout(client, parts_of(request.content.config_records["config"]))
+        layout = self.answer(client, parts_of(request.content.config_records["config"]))
         flat = wire.numbers(record, layout, self.dtype)
         state = wire.views(flat, layout)
         if not bool(flat.sum().isfinite()):  # or the numbers are only large

@@ -15,6 +15,7 @@ from fedlora.adapters.base import Adapter, Affinity, State
 from fedlora.adapters.factored import LowRankAdapter
 from fedlora.adapters.injection import inject, named_tensors
 from fedlora.adapters.probe import measured_delta
+from fedlora.capability import Capability
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
 from fedlora.packing import Packer
@@ -86,19 +87,33 @@ class AdaptedModel:
         """Every key whose tensor may differ from client to client while they train."""
         return self.trainable + self.own
 
-    def trained_parts(self, parts: Iterable[str]) -> tuple[str, ...]:
-        """The trained keys of the factors ``parts`` (such as ``lora_A``; none: of all), and of the head.
+    def trains(self, parts: Iterable[str] = (), modules: Iterable[str] = ()) -> tuple[str, ...]:
+        """The trained keys of some factors of some modules, and of the head.
+
+        Args:
+            parts: names of factors such as ``lora_A``; none: all.
+            modules: last names of adapted modules such as ``query`` or ``attention.output.dense``; none: all.
 
         Raises:
             FedloraError: the adapter has no trained factor of that name.
+            InputError: it adapts no module of that name.
         """
-        wanted = set(parts)
-        if not wanted:
-            return self.trainable
-        known = {part_of(key) for key in self.trainable if key not in self.head}
+        wanted, suffixes = set(parts), tuple(modules)
+        keys = [key for key in self.trainable if key not in self.head]
+        known = {part_of(key) for key in keys}
         if not wanted <= known:
             raise FedloraError(f"{sorted(wanted - known)} is no trained factor; there are {sorted(known)}")
-        return tuple(key for key in self.trainable if key in self.head or part_of(key) in wanted)
+        for suffix in suffixes:
+            if not any(f".{name}".endswith(f".{suffix}") for name in self.layers):
+                there = sorted({name.split(".")[-1] for name in self.layers})
+                raise InputError(
+                    f"adapter.client_modules names '{suffix}', and the adapter is in no module of that name. It is in "
+                    f"modules that end in: {', '.join(there)}."
+                )
+        named = [name for name in self.layers if not suffixes or f".{name}".endswith(tuple(f".{s}" for s in suffixes))]
+        inside = tuple(f"{name}." for name in named)
+        rests = {key for key in keys if (wanted and part_of(key) not in wanted) or not key.startswith(inside)}
+        return tuple(key for key in self.trainable if key not in rests)
 
     @property
     def device(self) -> torch.device:
@@ -210,13 +225,14 @@ class AdaptedModel:
         """Shapes of ``keys``; works on the meta device."""
         return {key: tuple(self._tensors[key].shape) for key in keys}
 
-    def layout(self, rank: int | None = None, parts: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what travels to and from a client of ``rank`` (``None``: the rank of the model).
+    def layout(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what travels to a client of ``rank`` (``None``: the rank of the model)."""
+        return cut_shapes(self.shapes(self.shared), rank)
 
-        With ``parts``, what a client sends that trained these factors only (:meth:`trained_parts`).
-        """
-        trained = set(self.trained_parts(parts))
-        return cut_shapes(self.shapes(key for key in self.shared if key in trained), rank)
+    def answer_layout(self, capability: Capability, parts: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what a client sends that trained ``parts`` (none: all it can); see :meth:`trains`."""
+        trained = set(self.trains(parts, capability.modules))
+        return cut_shapes(self.shapes(key for key in self.shared if key in trained), capability.rank)
 
     def narrow(self, rank: int | None) -> None:
         """Make the model that of a client of ``rank``: all further components of its factors become zero."""

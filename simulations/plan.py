@@ -33,7 +33,7 @@ from simulations.compose import CONF, choices_of, options, own_pair
 from simulations.finish import label
 from simulations.memory import predicted_peak, step_bytes, weight_bytes
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, Outgoing, Reply, weights
+from strategies.base import FederatedStrategy, Outgoing, Reply, completed, weights
 from strategies.build import build_strategy
 
 FP32 = 4
@@ -102,10 +102,11 @@ def _traffic(
         sums: dict[str, int] = defaultdict(int)
         replies = []
         for client, count, share in zip(chosen, examples, weights(examples, "examples"), strict=True):
-            rank = federation.rank_of(client)
+            capability = federation.capability(client)
             out = ours.send(client, server_round, shared) if counted and ours is not None else Outgoing(shared)
-            layout = model.layout(rank, parts_of(out.instructions))
-            sent, answer = crop(out.state, model.layout(rank)), crop({key: shared[key] for key in layout}, layout)
+            layout = model.answer_layout(capability, parts_of(out.instructions))
+            sent = crop(out.state, model.layout(capability.rank))
+            answer = crop({key: shared[key] for key in layout}, layout)
             correction = out.correction.tensors() if out.correction is not None else {}
             header = out.correction.header() if out.correction is not None else None
             down = _numbers(sent) * itemsize
@@ -122,7 +123,7 @@ def _traffic(
                 _hashable(out.instructions),
             )  # fmt: skip
             sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up)
-            replies.append(Reply(client, answer, count, share, 0.0))
+            replies.append(Reply(client, completed(answer, shared), count, share, 0.0))
         if not counted:
             sums = defaultdict(int)
         elif ours is not None:

@@ -27,7 +27,7 @@ from simulations.evaluator import Evaluation, Evaluator
 from simulations.probes import probes
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, exact_mean, weights
+from strategies.base import FederatedStrategy, completed, exact_mean, weights
 from strategies.stacking import mean_update
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
@@ -78,7 +78,7 @@ class FederatedRun:
         grid = MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
         self._setup = SetupGrid(grid, self.frozen if self.sends_frozen else {}, self._delivered)
         self._delivered = self._setup.delivered
-        return CodecGrid(self._setup, self.worker.layout, self.config.wire.dtype)
+        return CodecGrid(self._setup, self.worker.layout, self.worker.answer_layout, self.config.wire.dtype)
 
     def run(self, engine: ClientGrid) -> None:
         """Run all rounds that are left.
@@ -164,8 +164,7 @@ class FederatedRun:
         shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
         model = self.worker.model
         states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
-        if states[0].keys() != self.state.keys():  # clients trained a part of it; the rest is common
-            states = [{**self.state, **state} for state in states]
+        states = [completed(state, self.state) for state in states]
         if model.affinity.affine and model.affinity.error is None:
             mean = exact_mean(states, shares, [key for key in states[0] if key not in model.head])
             return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})

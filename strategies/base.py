@@ -33,7 +33,7 @@ class Reply:
 
     Attributes:
         client: client id.
-        state: its shared tensors after training, fp32.
+        state: its shared tensors after training, fp32; what it did not train is as it was sent.
         examples: rows it trained on.
         weight: its share p_k of the aggregate; the weights of a round sum to 1.
         loss: its mean training loss.
@@ -202,13 +202,19 @@ class FederatedStrategy(Strategy):
         return [
             Reply(
                 client=self._asked[message.metadata.src_node_id],
-                state=wire.from_record(cast(ArrayRecord, content["arrays"])) if "arrays" in content else {},
+                state=self._received(content),
                 examples=count,
                 weight=share,
                 loss=float(cast(float, record["train_loss"])),
             )
             for (message, content), record, count, share in zip(contents, metrics, examples, shares, strict=True)
         ]
+
+    def _received(self, content: RecordDict) -> State:
+        """What a client sent; where it trained a part of it, the rest as it was sent to it."""
+        if "arrays" not in content:
+            return {}
+        return completed(wire.from_record(cast(ArrayRecord, content["arrays"])), self._state)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -222,6 +228,11 @@ class FederatedStrategy(Strategy):
 
     def summary(self) -> None:
         """Nothing to log: the run folder says it all."""
+
+
+def completed(state: State, sent: Mapping[str, Tensor]) -> State:
+    """``state`` with everything that a client was sent and did not train, in the order of ``sent``."""
+    return state if state.keys() >= sent.keys() else {**sent, **state}
 
 
 def weights(examples: Sequence[int], weighting: str) -> list[float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
+from fedlora.capability import modules_named
 from fedlora.config import nearest
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
@@ -62,6 +63,13 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
         raise InputError(
             f"adapter.client_ranks gives clients different ranks, which {strategy_class.__name__} cannot aggregate. "
             "Use strategy=flora (exact) or strategy=flexlora, or adapter.client_ranks=null."
+        )
+    for selection in model.adapter.config.client_modules or ():
+        model.trains(modules=modules_named(selection))
+    if model.adapter.config.client_modules is not None and not isinstance(strategy, FederatedStrategy):
+        raise InputError(
+            f"adapter.client_modules gives clients different modules, which {strategy_class.__name__} of Flower cannot "
+            "aggregate. Use a strategy of fedlora such as strategy=fedit, or adapter.client_modules=null."
         )
     if isinstance(strategy, FederatedStrategy):
         strategy.prepare(model)

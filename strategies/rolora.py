@@ -30,5 +30,5 @@ class RoLoRA(FederatedStrategy):
         return Outgoing(state, instructions={"train": [FACTORS[server_round % 2]]})
 
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
-        """The mean of the factor that was trained; the other is as it was."""
-        return {**state, **weighted_mean(replies)}
+        """The mean of the factor that was trained; the other is the same everywhere."""
+        return weighted_mean(replies)

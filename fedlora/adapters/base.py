@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
 from torch import Tensor
 
 from fedlora.config import Settings, nearest, validate
@@ -20,6 +21,9 @@ from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 
 State = dict[str, Tensor]
+Choice = TypeVar("Choice")
+InTurn = Annotated[list[Choice], Field(min_length=1)]
+Drawn = Annotated[dict[Choice, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 Place = Literal["shared", "private", "round", "client", "frozen"]
 """Where a tensor of an adapter lives.
 
@@ -37,11 +41,14 @@ class AdapterConfig(Settings):
         target_modules: the layers to adapt: ``attention``, ``all-linear``, a list of names, a suffix or a regular
             expression; ``None`` takes PEFT's defaults for the architecture.
         head: whether the task head travels (``shared``), stays at the client (``private``) or is not trained.
+        client_modules: which of the adapted modules a client trains, by their last names (``query+value``, ``all``):
+            in turn, or drawn with the given shares; ``None``: all clients train all of them.
     """
 
     name: str
     target_modules: list[str] | str | None
     head: Literal["shared", "private", "frozen"]
+    client_modules: InTurn[str] | Drawn[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ class Adapter(ABC):
         return False
 
     @property
-    def client_ranks(self) -> tuple[int, ...] | None:
-        """Ranks of the clients, in turn, where they differ; see :mod:`fedlora.ranks`."""
+    def client_ranks(self) -> list[int] | dict[int, float] | None:
+        """Ranks of the clients where they differ; see :mod:`fedlora.ranks` and :mod:`fedlora.capability`."""
         return None
 
     @property

@@ -9,20 +9,23 @@ import torch
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 
-from fedlora.adapters.base import AdapterConfig, State, register
+from fedlora.adapters.base import AdapterConfig, Drawn, InTurn, State, register
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig, factor_weight, seeded_uniform
 from fedlora.errors import InputError
+
+Rank = Annotated[int, Field(ge=1)]
 
 
 class LoraSettings(LowRankConfig):
     """LoRA's settings.
 
     Attributes:
-        client_ranks: ranks of the clients in the order of their sorted ids, from the start again after the last;
-            ``None``: ``rank`` for all. The scale of all is that of ``rank``. Only some strategies can mix ranks.
+        client_ranks: ranks of the clients, in the order of their sorted ids and from the start again after the last, or
+            drawn with the given shares; ``None``: ``rank`` for all. The scale of all is that of ``rank``. Only some
+            strategies can mix ranks.
     """
 
-    client_ranks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
+    client_ranks: InTurn[Rank] | Drawn[Rank] | None
 
 
 @register("lora")
@@ -35,6 +38,11 @@ class Lora(LowRankAdapter):
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
+        if self.client_ranks is not None and config.client_modules is not None:
+            raise InputError(
+                "adapter.client_ranks and adapter.client_modules are both set: let clients differ in one of them, and "
+                "set the other to null."
+            )
         largest = max(self.client_ranks or (1,))
         if largest > self.sizes.rank:
             raise InputError(
@@ -43,10 +51,9 @@ class Lora(LowRankAdapter):
             )
 
     @property
-    def client_ranks(self) -> tuple[int, ...] | None:
+    def client_ranks(self) -> list[int] | dict[int, float] | None:
         """``adapter.client_ranks``; ``None`` also where a variant of LoRA has no such setting."""
-        ranks = getattr(self.config, "client_ranks", None)
-        return None if ranks is None else tuple(ranks)
+        return getattr(self.config, "client_ranks", None)
 
     @property
     def label(self) -> str:

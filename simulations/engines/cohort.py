@@ -69,7 +69,7 @@ class CohortGrid(ClientGrid):
         """Jobs that train together: equal frozen content, about equally many steps, ``tokens`` tokens a step."""
         groups: dict[tuple[Any, ...], list[Job]] = defaultdict(list)
         for job in jobs:
-            groups[job.references.get("setup"), job.references.get("correction"), job.parts].append(job)
+            groups[job.references.get("setup"), job.references.get("correction"), job.member.keys].append(job)
         cohorts: list[list[Job]] = []
         settings = self.worker.federation.config.client
         for members in groups.values():

@@ -32,7 +32,7 @@ class Stack:
         self.engine = Engine(answer)
         self.ledger = Ledger()
         self.setup = SetupGrid(MeterGrid(self.engine, self.ledger), setup or {}, delivered)
-        self.grid = CodecGrid(self.setup, lambda client, parts: LAYOUT, dtype)
+        self.grid = CodecGrid(self.setup, lambda client: LAYOUT, lambda client, parts: LAYOUT, dtype)
 
     def round(self, server_round: int = 1, cohort: tuple[str, ...] = COHORT, arrays: ArrayRecord | None = None):
         self.grid.begin_round(server_round, cohort)
@@ -342,7 +342,9 @@ def test_a_fed_sb_message_is_hardly_larger_than_its_payload():
     layout |= {"classifier.weight": (2, 384), "classifier.bias": (2,)}
     state = {key: torch.randn(shape) for key, shape in layout.items()}
     ledger = Ledger()
-    grid = CodecGrid(SetupGrid(MeterGrid(Engine(), ledger), {}), lambda client, parts: layout, "fp32")
+    grid = CodecGrid(
+        SetupGrid(MeterGrid(Engine(), ledger), {}), lambda client: layout, lambda client, parts: layout, "fp32"
+    )
     grid.begin_round(12345, ["Royal Infirmary of Edinburgh, ward 17"])
     grid.send_and_receive([request(node, wire.to_record(state)) for node in grid.get_node_ids()])
     assert len(ledger.entries) == 2

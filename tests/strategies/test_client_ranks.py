@@ -51,10 +51,10 @@ def replies(federation: Federation) -> list[Reply]:
 
 def test_ranks_go_round_the_sorted_clients(tiny: Compose) -> None:
     federation = mixed(tiny)
-    found = [federation.rank_of(client) for client in sorted(federation.clients)]
+    found = [federation.capability(client).rank for client in sorted(federation.clients)]
     assert found == [RANKS[i % 4] for i in range(len(found))]
-    assert federation.rank_of("central") is None
-    assert Federation(tiny("method=flora")).rank_of(federation.clients[0]) is None
+    assert federation.capability("central").rank is None
+    assert Federation(tiny("method=flora")).capability(federation.clients[0]).rank is None
 
 
 def test_a_layout_holds_the_leading_components_only(tiny: Compose) -> None:
@@ -188,7 +188,7 @@ def test_only_the_components_of_a_client_travel_and_the_plan_knows(
     model = federation.build_meta_model()
     ledger = pd.read_parquet(tmp_path / "run" / "ledger.parquet")
     for client, rows in ledger[(ledger.direction == "up") & (ledger["round"] == 1)].groupby("client"):
-        layout = model.layout(federation.rank_of(str(client)))
+        layout = model.layout(federation.capability(str(client)).rank)
         assert set(rows.payload) == {4 * sum(prod(shape) for shape in layout.values())}
     first = ledger[(ledger.direction == "down") & (ledger["round"] == 1)]
     if method == "flora":  # fresh factors come from the seed

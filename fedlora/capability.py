@@ -1,0 +1,54 @@
+"""What clients are able to train, where they differ: the rank and the modules of each.
+
+A setting declares it as a list, which clients get in turn in the order of their sorted ids, or as a distribution
+``{choice: share}``, from which each client draws once, by the seed and its id. A client whose modules are a part of
+those adapted holds the global model and trains its part; for the server everything else is as it was sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fedlora.seeding import numpy_rng
+
+Choice = TypeVar("Choice", int, str)
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one client trains.
+
+    Attributes:
+        rank: of its factors; ``None``: that of the adapter.
+        modules: last names of the adapted modules that it trains; none: all of them.
+    """
+
+    rank: int | None = None
+    modules: tuple[str, ...] = ()
+
+
+def assigned(
+    choices: Sequence[Choice] | Mapping[Choice, float], position: int, seed: int, kind: str, client: str
+) -> Choice:
+    """The choice of the client ``client``, the one at ``position`` of all.
+
+    Args:
+        choices: taken in turn, or drawn by their shares, which are relative to their sum.
+        position: of the client in the sorted list of all training clients.
+        seed: of the run.
+        kind: what is chosen, so that draws of different kinds are independent.
+        client: its id.
+    """
+    if not isinstance(choices, Mapping):
+        return choices[position % len(choices)]
+    names, total = list(choices), sum(choices.values())
+    rng = numpy_rng(seed, "capability", kind, client)
+    return names[int(rng.choice(len(names), p=[choices[name] / total for name in names]))]
+
+
+def modules_named(selection: str) -> tuple[str, ...]:
+    """The module names of a choice of ``adapter.client_modules``: ``query+value``, or none for ``all``."""
+    return () if selection == ALL else tuple(name.strip() for name in selection.split("+"))
