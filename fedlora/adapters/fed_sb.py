@@ -7,55 +7,36 @@ The frozen basis (B, A) comes from one of three sources, recorded in every table
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import bases
 from fedlora.adapters.base import State, register
+from fedlora.adapters.core import CoreLinear
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig, factor_weight, modules_of
 from fedlora.adapters.quantised import decoded_weight
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 
 
-class FedSBLinear(Linear):
+class FedSBLinear(CoreLinear):
     """A PEFT LoRA layer with a square factor R between A and B: y = W x + s B R A x.
 
-    Works for ``nn.Linear`` and for GPT-2's transposed ``Conv1D``. R is an ``nn.Linear`` so that per-sample
-    gradients and functional calls treat it like any other layer.
+    R is an ``nn.Linear`` so that per-sample gradients and functional calls treat it like any other layer.
     """
 
-    adapter_layer_names = (*Linear.adapter_layer_names, "lora_R")
+    adapter_layer_names = (*CoreLinear.adapter_layer_names, "lora_R")
+    core = "lora_R"
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Create A ``[r, n]``, B ``[m, r]`` as PEFT does, and R ``[r, r]``."""
-        if not hasattr(self, "lora_R"):
-            self.lora_R = nn.ModuleDict()
-        self.lora_R[adapter_name] = nn.Linear(r, r, bias=False)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``[..., n]`` to ``[..., m]``."""
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            dropped = self.lora_dropout[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
-            inner = self.lora_A[name](dropped)
-            result = result + (self.lora_B[name](self.lora_R[name](inner)) * self.scaling[name]).to(result.dtype)
-        return result
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return s B R A in the orientation of the base weight, for merging."""
-        b, r, a = (factor_weight(self, factor, adapter) for factor in FedSB.factors)
-        product = b @ r @ a
-        return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
+    def new_core(self, r: int, config: LoraConfig) -> nn.Module:
+        """R ``[r, r]``."""
+        return nn.Linear(r, r, bias=False)
 
 
 class FedSBConfig(LowRankConfig):

@@ -1,0 +1,50 @@
+"""A PEFT LoRA layer with a small linear map, the core, between its factors: y = W x + s B core(A x)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from fedlora.adapters.factored import factor_weight
+
+
+class CoreLinear(Linear):
+    """Works for ``nn.Linear`` and for GPT-2's transposed ``Conv1D``. Subclasses say what the core is.
+
+    Attributes:
+        core: name of the core among the factors, ``lora_...``; to be added to ``adapter_layer_names``.
+    """
+
+    core: ClassVar[str]
+
+    @abstractmethod
+    def new_core(self, r: int, config: LoraConfig) -> nn.Module:
+        """A linear map of ``[..., r]`` to ``[..., r]``."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Create A ``[r, n]``, B ``[m, r]`` as PEFT does, and the core."""
+        if not hasattr(self, self.core):
+            setattr(self, self.core, nn.ModuleDict())
+        getattr(self, self.core)[adapter_name] = self.new_core(r, config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., n]`` to ``[..., m]``."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            dropped = self.lora_dropout[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
+            inner = getattr(self, self.core)[name](self.lora_A[name](dropped))
+            result = result + (self.lora_B[name](inner) * self.scaling[name]).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return s B core(A) in the orientation of the base weight, for merging."""
+        b, a = (factor_weight(self, factor, adapter) for factor in ("lora_B", "lora_A"))
+        product = b @ getattr(self, self.core)[adapter](a.T).T
+        return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
