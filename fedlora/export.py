@@ -30,7 +30,8 @@ def export_adapter(
 ) -> None:
     """Write ``folder`` so that ``PeftModel.from_pretrained`` gives the same outputs.
 
-    Every low-rank method becomes plain LoRA (Fed-SB as A and B R), any other PEFT adapter is saved by PEFT.
+    Every low-rank method becomes plain LoRA of the rank of its dW (Fed-SB as A and B R, RAVAN with the ranks of all
+    heads), any other PEFT adapter is saved by PEFT.
     ``fedlora_state.safetensors`` keeps the method's own tensors, frozen ones included. A full-rank base correction
     (FedEx) is no adapter: it is written beside it and is part of the merged model.
     """
@@ -64,9 +65,10 @@ def export_merged(
 def _export_lora(federation: Federation, adapter: LowRankAdapter, folder: Path, full: State, head: State) -> None:
     deltas = adapter.delta(full)
     layers = federation.build_meta_model().layers.values()
+    rank = next(iter(deltas.values())).rank
     config = LoraConfig(
-        r=adapter.sizes.rank,
-        lora_alpha=adapter.sizes.alpha,  # pyright: ignore[reportArgumentType]
+        r=rank,
+        lora_alpha=adapter.alpha_at(rank),  # pyright: ignore[reportArgumentType]
         use_rslora=adapter.sizes.rslora,
         target_modules=_targets(adapter, deltas),
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),

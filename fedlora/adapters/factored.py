@@ -62,6 +62,11 @@ class LowRankAdapter(Adapter):
         rank = self.sizes.rank
         return self.sizes.alpha / (math.sqrt(rank) if self.sizes.rslora else rank)
 
+    def alpha_at(self, rank: int) -> float:
+        """The alpha with which plain LoRA of ``rank`` has this adapter's scale."""
+        growth = rank / self.sizes.rank
+        return self.sizes.alpha * (math.sqrt(growth) if self.sizes.rslora else growth)
+
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA; its random start is replaced by :meth:`initialise`."""
         return LoraConfig(
