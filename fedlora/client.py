@@ -69,7 +69,7 @@ class Worker:
         self.federation = federation
         self.store = store
         self.model: AdaptedModel = federation.build_model()
-        self.initial: State = self.model.read(self.model.trainable)
+        self.initial: State = self.model.read(self.model.per_client)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
         self._layouts: dict[int | None, wire.Layout] = {}
@@ -144,20 +144,22 @@ class Worker:
         if not personal:
             sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
             state |= self._sent(content, sent)
-        capability = self.federation.capability(client)
-        if capability.rank is not None:
-            factors = self.model.shapes(key for key in self.model.trainable if key not in self.model.head)
-            state |= pad(crop({key: state[key] for key in factors}, cut_shapes(factors, capability.rank)), factors)
         moments = {} if restart else record.optimizer
-        keys = self.model.trains(parts, capability.modules)
-        member = self.member(state, pool, server_round, client, moments, keys)
+        keys = self.model.trains(parts, self.federation.capability(client).modules)
+        member = self.member(self.narrowed(state, client), pool, server_round, client, moments, keys)
         return Job(message, client, server_round, pool, personal, references, parts, member)
+
+    def narrowed(self, state: State, client: str) -> State:
+        """``state`` as a client of smaller rank can hold it."""
+        rank = self.federation.capability(client).rank
+        if rank is None:
+            return state
+        factors = self.model.shapes(key for key in self.model.trainable if key not in self.model.head)
+        return {**state, **pad(crop({key: state[key] for key in factors}, cut_shapes(factors, rank)), factors)}
 
     def start_of(self, client: str) -> State:
         """What ``client`` starts from before it hears from the server: the seeded start, and what is its own."""
-        if not self.model.own:
-            return self.initial
-        return {**self.initial, **self.model.own_tensors(self.federation.config.seed, self.federation.position(client))}
+        return {**self.initial, **self.model.own_of(client)}
 
     def _sent(self, content: RecordDict, layout: wire.Layout) -> State:
         """The tensors that came with a message; those of the clients of a round are mostly the same record."""

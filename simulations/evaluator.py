@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fedlora.evaluation import (
 )
 from fedlora.tasks import Statistics
 from fedlora.trainer import Frozen
+from simulations.personalise import personalised
 from simulations.sampler import panel
 from strategies.base import FederatedStrategy
 
@@ -32,11 +33,14 @@ class Evaluation:
             reporting) and ``test_<name>`` (whole unseen clients; absent where no single model exists).
         clients: mean, std, worst_decile and worst of the main metric over seen clients' own test rows.
         unseen_clients: the same over unseen clients, one by one; ``None`` where no single model exists.
+        personalised_clients: as ``clients``, each with the global model after a round of training on its own rows
+            (``eval.personalise``).
     """
 
     metrics: dict[str, float]
     clients: dict[str, float] | None
     unseen_clients: dict[str, float] | None = None
+    personalised_clients: dict[str, float] | None = None
 
 
 class Evaluator:
@@ -65,7 +69,14 @@ class Evaluator:
         if kind == "personal" or self.worker.model.private:
             return self._personal(state if kind != "personal" else {}, strategy, server_round)
         self.load(state, strategy)
-        return self._summarise(self._statistics(self._rows()))
+        found = self._summarise(self._statistics(self._rows()))
+        if self.worker.federation.config.eval.personalise and self.own_test:
+            correction = strategy.base_correction() if strategy is not None else {}
+            tuned = personalised(
+                self.worker, self.own_test, state, Frozen((None, None), self.frozen, correction), server_round
+            )
+            found = replace(found, personalised_clients=client_metrics(self.worker.federation.task, tuned))
+        return found
 
     def _rows(self) -> np.ndarray:
         return np.concatenate([self.validation, *self.unseen.values(), *self.own_test.values()])

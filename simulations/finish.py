@@ -23,7 +23,7 @@ from simulations.run_folder import RunFolder, write_atomically
 from simulations.target import cost_of_target
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "opacus", "ray", "hydra-core")
-EVALUATED = ("round", "metrics", "clients", "unseen_clients")
+EVALUATED = ("round", "metrics", "clients", "unseen_clients", "personalised_clients")
 
 
 def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:

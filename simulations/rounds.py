@@ -220,6 +220,7 @@ class FederatedRun:
             "metrics": evaluation.metrics if evaluation else {},
             "clients": evaluation.clients if evaluation else None,
             "unseen_clients": evaluation.unseen_clients if evaluation else None,
+            "personalised_clients": evaluation.personalised_clients if evaluation else None,
             **self.ledger.round_totals(server_round),
             "aggregation_error": error if measured else None,
             "aggregation_error_reason": None if measured else (error or "before the first round"),
@@ -265,6 +266,7 @@ class FederatedRun:
                 "metrics": evaluation.metrics,
                 "clients": evaluation.clients,
                 "unseen_clients": evaluation.unseen_clients,
+                "personalised_clients": evaluation.personalised_clients,
             }
 
     @contextmanager

@@ -22,13 +22,15 @@ def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
     metric = summaries[0]["main_metric"].replace("_", " ")
     table = Table(title=f"{metric}, last round", title_justify="left")
     table.add_column("method", no_wrap=True)
+    tuned = any(summary["final"]["personalised_clients"] for summary in summaries)
     for column in (
-        "valid", "test", "client mean", "worst 10%", "up/round", "down/round", "setup", "agg. error", "seconds",
+        "valid", "test", "client mean", "worst 10%", *(["tuned mean", "tuned 10%"] if tuned else []),
+        "up/round", "down/round", "setup", "agg. error", "seconds",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
         final, name = summary["final"], summary["main_metric"]
-        clients = final["clients"] or {}
+        clients, personal = final["clients"] or {}, final["personalised_clients"] or {}
         sent = summary["communicates"]
         error = summary["aggregation_error"]
         table.add_row(
@@ -37,6 +39,7 @@ def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
             _number(final["metrics"].get(f"test_{name}")),
             _number(clients.get("mean")),
             _number(clients.get("worst_decile")),
+            *([_number(personal.get("mean")), _number(personal.get("worst_decile"))] if tuned else []),
             human_bytes(summary["per_round"]["payload_up"]) if sent else "-",
             human_bytes(summary["per_round"]["payload_down"]) if sent else "-",
             human_bytes(summary["totals"]["setup_bytes"]) if sent else "-",
@@ -57,6 +60,8 @@ def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
         "agg. error: largest of any round.",
     ]
     losses = [(s["label"], s["start"]["metrics"], s["final"]["metrics"]) for s in summaries if s["rounds"]]
+    if any(summary["final"]["personalised_clients"] for summary in summaries):
+        lines.append("tuned: the same clients, each after a round of training the global model on its own rows.")
     moved = [
         f"{name} {start['validation_loss']:.3f} → {final['validation_loss']:.3f}"
         for name, start, final in losses
