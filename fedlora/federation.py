@@ -105,6 +105,7 @@ class Federation:
         )
         self.dataset = _dataset(*self._key)
         self.index, self.schema = self.dataset.index, self.dataset.schema
+        self.adapter.clients = self.clients
         size = config.cohort.size
         if size is not None and size > len(self.clients):
             raise InputError(
@@ -137,10 +138,6 @@ class Federation:
             None if ranks is None else assigned(ranks, place, seed, "rank", client),
             () if modules is None else modules_named(assigned(modules, place, seed, "modules", client)),
         )
-
-    def position(self, client: str) -> int:
-        """The place of a training client in :attr:`clients`."""
-        return self._positions[client]
 
     @cached_property
     def _positions(self) -> dict[str, int]:

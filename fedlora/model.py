@@ -38,6 +38,7 @@ class AdaptedModel:
         frozen: floating-point keys of the adapter that are not trained and identical on every client.
         head: keys of the task head, wherever it belongs.
         packer: packs padded batches, once it is told to.
+        seed: of the run.
     """
 
     def __init__(self, module: nn.Module, adapter: Adapter, head_modules: Iterable[str], seed: int = 0) -> None:
@@ -48,6 +49,7 @@ class AdaptedModel:
             WeightsNeededError: the module is on the meta device and the adapter's shapes depend on the weights.
         """
         self.adapter = adapter
+        self.seed = seed
         heads = tuple(head_modules)
         injected = inject(module, adapter, heads, seed)
         for tensor in injected.tensors.values():
@@ -185,9 +187,11 @@ class AdaptedModel:
         """Start the adapter's tensors; see :meth:`Adapter.initialise`."""
         self.adapter.initialise(self.layers, seed, gradients)
 
-    def own_tensors(self, seed: int, position: int) -> State:
-        """The tensors of :attr:`own` of a client; see :meth:`Adapter.own_tensors`."""
-        return self.adapter.own_tensors(self.layers, seed, position)
+    def own_of(self, client: str) -> State:
+        """The tensors of :attr:`own` of a training client; see :meth:`Adapter.own_tensors`."""
+        if not self.own:
+            return {}
+        return self.adapter.own_tensors(self.layers, self.seed, self.adapter.clients.index(client))
 
     @cached_property
     def affinity(self) -> Affinity:

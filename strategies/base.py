@@ -67,6 +67,7 @@ class FederatedStrategy(Strategy):
 
     Attributes:
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
+        own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint``).
         restarts: whether clients start from new factors in every round, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
         trains: whether there are rounds at all.
@@ -81,7 +82,8 @@ class FederatedStrategy(Strategy):
     trains: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
     client_ranks: ClassVar[bool] = False
-    restarts: ClassVar[bool] = False
+    own_subspaces: ClassVar[bool] = False
+    restarts: bool = False
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
         if weighting not in ("examples", "uniform"):

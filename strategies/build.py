@@ -64,6 +64,12 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
             f"adapter.client_ranks gives clients different ranks, which {strategy_class.__name__} cannot aggregate. "
             "Use strategy=flora (exact) or strategy=flexlora, or adapter.client_ranks=null."
         )
+    if model.own and not getattr(strategy_class, "own_subspaces", False):
+        raise InputError(
+            f"adapter={model.adapter.label} gives every client a subspace of its own, and {strategy_class.__name__} "
+            "would mix numbers that belong to different subspaces. Use strategy=disjoint, which sums the clients' "
+            "updates, or adapter.subspace=shared."
+        )
     for selection in model.adapter.config.client_modules or ():
         model.trains(modules=modules_named(selection))
     if model.adapter.config.client_modules is not None and not isinstance(strategy, FederatedStrategy):

@@ -40,7 +40,7 @@ class FedSVD(FederatedStrategy):
         if not isinstance(model.adapter, FrozenALora) or model.own:
             raise InputError(
                 f"strategy=fedsvd refactors B A with a frozen A common to all clients, and "
-                f"adapter={model.adapter.label} has none. Use adapter=ffa."
+                f"adapter={model.adapter.label} has none. Use adapter=ffa or adapter=orthogonal."
             )
         self._frozen = model.read(model.frozen)
 

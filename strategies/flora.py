@@ -22,7 +22,7 @@ class FLoRA(CorrectedStrategy):
     """Exact for any mixture of ranks with one scale. The head is averaged as usual."""
 
     client_ranks: ClassVar[bool] = True
-    restarts: ClassVar[bool] = True
+    restarts: bool = True
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
         super().__init__(weighting)

@@ -15,6 +15,7 @@ class Local(FederatedStrategy):
     exact: ClassVar[bool | None] = None
     communicates: ClassVar[bool] = False
     client_ranks: ClassVar[bool] = True
+    own_subspaces: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "personal"
 
     def send(self, client: str, server_round: int, state: State) -> Outgoing:

@@ -16,6 +16,7 @@ class ZeroShot(FederatedStrategy):
     communicates: ClassVar[bool] = False
     client_ranks: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    own_subspaces: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "zero_shot"
 
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:

@@ -67,12 +67,17 @@ class Affinity:
 
 
 class Adapter(ABC):
-    """One adapter family. Subclasses say what is injected, what of it trains and how it starts."""
+    """One adapter family. Subclasses say what is injected, what of it trains and how it starts.
+
+    Attributes:
+        clients: ids of all training clients, sorted; the federation writes them before a model is built.
+    """
 
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
+        self.clients: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""The three frozen bases of Fed-SB: B ``[m, r]``, A ``[r, n]`` and the diagonal start of R.
+"""Frozen factors: the three bases of Fed-SB (B ``[m, r]``, A ``[r, n]``, the diagonal start of R), and orthonormal A.
 
 All are computed in fp64 and have the sign of each singular pair fixed, so that two machines agree on them as far as
 their linear algebra does.
@@ -44,6 +44,29 @@ def seeded_basis(m: int, n: int, rank: int, seed: int, module: str) -> Basis:
     left = _orthonormal(torch.randn(m, rank, generator=generator, dtype=torch.float64))
     right = _orthonormal(torch.randn(n, rank, generator=generator, dtype=torch.float64)).T
     return Basis(left.float(), torch.zeros(rank), right.float())
+
+
+def orthonormal_rows(n: int, rank: int, slices: int, seed: int, module: str) -> Tensor:
+    """Orthonormal rows ``[slices rank, n]``, in fp32: the transposed Q of one QR of seeded Gaussians ``[n, ...]``.
+
+    The first slices are the same however many follow, up to the rounding of fp64.
+    """
+    drawn = [
+        torch.randn(rank, n, generator=torch_generator(seed, "rows", module, k), dtype=torch.float64)
+        for k in range(slices)
+    ]
+    return _orthonormal(torch.cat(drawn).T).T.contiguous().float()
+
+
+def complementary_rows(weight: Tensor, rank: int, avoid: int, seed: int, module: str) -> Tensor:
+    """Orthonormal rows ``[rank, n]``, orthogonal to the ``avoid`` leading right singular vectors of W ``[m, n]``.
+
+    The seeded Gaussians of :func:`orthonormal_rows`, projected before their QR.
+    """
+    leading = torch.linalg.svd(weight.double(), full_matrices=False).Vh[:avoid]
+    drawn = torch.randn(rank, weight.shape[1], generator=torch_generator(seed, "rows", module, 0), dtype=torch.float64)
+    drawn = drawn.to(leading)
+    return _orthonormal((drawn - drawn @ leading.T @ leading).T).T.float()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -128,5 +128,5 @@ def oriented_weight(layer: LoraLayer) -> Tensor:
     base = layer.get_base_layer()
     weight = decoded_weight(base)
     if weight.ndim != 2:
-        raise InputError(f"adapter=fed_sb cannot adapt {type(base).__name__}; choose linear adapter.target_modules.")
+        raise InputError(f"{type(base).__name__} holds no matrix to look at; choose linear adapter.target_modules.")
     return weight.T if isinstance(base, Conv1D) else weight
