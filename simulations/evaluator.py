@@ -67,7 +67,8 @@ class Evaluator:
             if answer is not None:
                 return answer
         if kind == "personal" or self.worker.model.private:
-            return self._personal(state if kind != "personal" else {}, strategy, server_round)
+            travels = strategy is None or strategy.communicates
+            return self._personal(state if travels else {}, strategy, server_round)
         self.load(state, strategy)
         found = self._summarise(self._statistics(self._rows()))
         if self.worker.federation.config.eval.personalise and self.own_test:

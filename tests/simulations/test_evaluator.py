@@ -10,9 +10,11 @@ import pytest
 from fedlora.client import Worker
 from fedlora.evaluation import row_statistics
 from fedlora.federation import Federation
-from fedlora.store import ClientStore
+from fedlora.store import ClientRecord, ClientStore
 from simulations.evaluator import Evaluator
 from simulations.simulate import start
+from strategies.base import FederatedStrategy
+from strategies.build import build_strategy
 from tests.conftest import Compose
 from tests.fedlora.helpers import random_state
 
@@ -57,6 +59,23 @@ def test_personal_models_have_no_unseen_clients(tiny: Compose, tmp_path: Path) -
     assert summary["final"]["unseen_clients"] is None
     assert "test_accuracy" not in summary["final"]["metrics"]
     assert "seen_accuracy" in summary["final"]["metrics"]
+
+
+def test_personal_models_hold_what_is_shared_as_the_server_has_it(tiny: Compose, tmp_path: Path) -> None:
+    worker = Worker(Federation(tiny("method=fedsa", "rounds=1")), ClientStore(tmp_path))
+    strategy = build_strategy(worker.federation.config.strategy, worker.model)
+    assert isinstance(strategy, FederatedStrategy)
+    private = random_state(worker.model, worker.model.private, 1)
+    for each in worker.federation.clients:
+        worker.store.write(each, 1, ClientRecord(private))
+    evaluator = Evaluator(worker, worker.seeded_frozen)
+    state = random_state(worker.model, worker.model.shared)
+    found = evaluator.evaluate(strategy, state, 1)
+    worker.model.load({**state, **private})
+    rows = np.concatenate([worker.federation.index.validation[client] for client in evaluator.panel])
+    assert found.metrics["validation_accuracy"] == pytest.approx(accuracy(worker, rows))
+    losses = row_statistics(worker.model, worker.federation.task, worker.federation.rows, rows, 3)["loss"]
+    assert found.metrics["validation_loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
 
 
 def test_calibration_is_reported_when_asked_for(tiny: Compose, tmp_path: Path) -> None:
