@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from pandas.core.util.hashing import hash_pandas_object
 
 from fedlora.adapters import Adapter, State, build_adapter
@@ -171,12 +172,16 @@ class Federation:
             return self.build_model()
 
     def initialise_on_server(self, model: AdaptedModel) -> None:
-        """Finish what only the server can start: the gradient basis, from its public sample."""
-        if not self.adapter.needs_public_sample:
-            return
-        batch = self.config.eval.batch_size
-        gradients: State = loss_gradients(model, self.task, self.rows, self.index.public, batch)
-        model.initialise(self.config.seed, gradients)
+        """Finish what only the server can start: factors that come from gradients of its public sample."""
+        if self.adapter.needs_public_sample:
+            model.initialise(self.config.seed, self.public_gradients(model))
+
+    def public_gradients(self, model: AdaptedModel) -> State:
+        """Summed loss gradients ``{module: [m, n]}`` of the public sample at ``model``; shapes alone on meta."""
+        if model.device.type == "meta":
+            sizes = {name: (int(x.out_features), int(x.in_features)) for name, x in model.layers.items()}  # pyright: ignore
+            return {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+        return loss_gradients(model, self.task, self.rows, self.index.public, self.config.eval.batch_size)
 
     def bounded(self, rows: np.ndarray, purpose: str) -> np.ndarray:
         """At most ``eval.max_rows`` of ``rows``, the same choice for every method of a seed."""

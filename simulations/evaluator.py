@@ -122,7 +122,7 @@ class Evaluator:
             own, frozen = worker.personal(client, server_round + 1)
             if state:
                 correction = strategy.base_correction() if strategy is not None else {}
-                frozen = Frozen((frozen.key[0], None), frozen.factors, correction)
+                frozen = Frozen((None, None), self.frozen, correction)
             groups.setdefault(frozen.key, (frozen, {}))[1][client] = {**own, **state}
         found: dict[str, Statistics] = {}
         for frozen, states in groups.values():

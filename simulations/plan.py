@@ -33,7 +33,7 @@ from simulations.compose import CONF, choices_of, options, own_pair
 from simulations.finish import label
 from simulations.memory import predicted_peak, step_bytes, weight_bytes
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, Outgoing, Reply, completed, weights
+from strategies.base import FederatedStrategy, Outgoing, Reply, Server, completed, weights
 from strategies.build import build_strategy
 
 FP32 = 4
@@ -96,6 +96,9 @@ def _traffic(
     per_round: list[dict[str, int]] = []
     total: dict[str, int] = defaultdict(int)
     counted = ours is None or ours.communicates
+    if ours is not None:
+        frozen = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.frozen).items()}
+        ours.begin_run(Server(frozen, lambda state: federation.public_gradients(model)))
     for server_round in range(1, rounds + 1):
         chosen = cohort(config, federation.clients, server_round)
         examples = [len(federation.index.train[client]) for client in chosen]

@@ -27,7 +27,7 @@ from simulations.evaluator import Evaluation, Evaluator
 from simulations.probes import probes
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, completed, exact_mean, weights
+from strategies.base import FederatedStrategy, Server, completed, exact_mean, weights
 from strategies.stacking import mean_update
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
@@ -69,6 +69,8 @@ class FederatedRun:
         self._delivered = set(delivered)
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
+        if self.ours is not None:
+            self.ours.begin_run(Server(self.frozen, self._public_gradients))
         self.last: Evaluation | None = None
         self._engine_changes: dict[str, Any] = {}
         self._probes: dict[str, Tensor] = {}
@@ -124,6 +126,10 @@ class FederatedRun:
         del replies, messages  # no longer held while the round is evaluated
         loss = None if metrics is None else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
+
+    def _public_gradients(self, state: State) -> State:
+        self.evaluator.load(state, self.ours)
+        return self.federation.public_gradients(self.worker.model)
 
     def _refreeze(self, frozen: State) -> None:
         """Send ``frozen`` to every client from now on, if the strategy changed something."""

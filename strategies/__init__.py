@@ -3,6 +3,7 @@
 from strategies.average import Average
 from strategies.base import FederatedStrategy, Outgoing, Reply, weighted_mean
 from strategies.central import Central
+from strategies.fed_sb import FedSB
 from strategies.fedex import FedEx
 from strategies.fedit import FedIT
 from strategies.fedsa import FedSA
@@ -20,6 +21,7 @@ __all__ = [
     "FedEx",
     "FedIT",
     "FedSA",
+    "FedSB",
     "FedSVD",
     "FederatedStrategy",
     "FlexLoRA",

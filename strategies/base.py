@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -62,6 +62,20 @@ class Outgoing:
     instructions: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Server:
+    """What the server of a run has beside the model, for strategies that need it.
+
+    Attributes:
+        frozen: the frozen tensors as they are when the run starts or is resumed.
+        gradients: ``gradients(state)`` gives the summed loss gradients ``{module: [m, n]}`` of the public sample at the
+            global model: these shared tensors, and the strategy's base correction as it is then. Shapes only in a plan.
+    """
+
+    frozen: State
+    gradients: Callable[[State], State]
+
+
 class FederatedStrategy(Strategy):
     """Base of every strategy of ours, and of a user's.
 
@@ -101,6 +115,9 @@ class FederatedStrategy(Strategy):
         Raises:
             InputError: the strategy cannot aggregate this adapter.
         """
+
+    def begin_run(self, server: Server) -> None:
+        """Called once before the first round that is run, also after a resume."""
 
     def send(self, client: str, server_round: int, state: State) -> Outgoing:
         """What ``client`` gets this round; by default the global state."""

@@ -33,11 +33,15 @@ class CorrectedStrategy(FederatedStrategy):
             self._updates[since] = self.log.update_since(since)
         return self._updates[since]
 
-    def add_residual(self, residual: Mapping[str, LowRank], replies: Sequence[Reply]) -> None:
-        """Put ``residual`` into the base; the clients of ``replies`` hold the base they were sent. For :meth:`fold`."""
+    def keep_base(self, replies: Sequence[Reply]) -> None:
+        """Leave the base as it is; the clients of ``replies`` hold the one they were sent. For :meth:`fold`."""
         for reply in replies:
             self.held[reply.client] = self._addressed[reply.client]
-        self._addressed, self._updates = {}, {}
+        self._addressed, self._updates, self._last = {}, {}, {}
+
+    def add_residual(self, residual: Mapping[str, LowRank], replies: Sequence[Reply]) -> None:
+        """Put ``residual`` into the base; the clients of ``replies`` hold the one they were sent. For :meth:`fold`."""
+        self.keep_base(replies)
         self._last = dict(residual)
         self.log.append(residual)
 

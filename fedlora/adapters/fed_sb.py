@@ -93,22 +93,45 @@ class FedSB(LowRankAdapter):
         A client whose basis will be broadcast has no gradients: its basis stays zero until the server's arrives.
         """
         for name, layer in layers.items():
-            a, r, b = (factor_weight(layer, factor) for factor in ("lora_A", "lora_R", "lora_B"))
+            b, r, a = (factor_weight(layer, factor) for factor in self.factors)
+            waits = self.settings.basis == "gradient" and gradients is None
+            basis = None if a.is_meta or waits else self._basis(name, layer, seed, gradients, {})
             with torch.no_grad():
-                if self.settings.basis == "seeded":
-                    basis = bases.seeded_basis(b.shape[0], a.shape[1], self.settings.rank, seed, name)
-                elif a.is_meta or (self.settings.basis == "gradient" and gradients is None):
-                    for factor in (a, r, b):
-                        factor.zero_()
-                    continue
-                elif self.settings.basis == "weight":
-                    basis = bases.weight_basis(oriented_weight(layer), self.settings.rank)
-                else:
-                    assert gradients is not None
-                    basis = bases.gradient_basis(gradients[name], self.settings.rank, self.settings.basis_step)
-                b.copy_(basis.left)
-                r.copy_(torch.diag(basis.core) / self.scale)
-                a.copy_(basis.right)
+                b.copy_(basis.left) if basis else b.zero_()
+                r.copy_(torch.diag(basis.core) / self.scale) if basis else r.zero_()
+                a.copy_(basis.right) if basis else a.zero_()
+
+    def refreshed(
+        self, layers: Mapping[str, LoraLayer], seed: int, gradients: State | None, correction: Mapping[str, Tensor]
+    ) -> State:
+        """A new basis of every layer, for R = 0: the frozen tensors that take the place of the present ones.
+
+        Args:
+            layers: injected layers by module name; on the meta device the tensors have shapes only.
+            seed: of the seeded basis; another than the last, so that the subspace is another.
+            gradients: ``{module: [m, n]}`` summed loss gradients at the present model, for the gradient basis.
+            correction: what has been added to the backbone ``{module: [m, n]}``, for the basis of the weight.
+        """
+        frozen: State = {}
+        for name, layer in layers.items():
+            b, _, a = (factor_weight(layer, factor) for factor in self.factors)
+            basis = None if a.is_meta else self._basis(name, layer, seed, gradients, correction)
+            frozen[f"{name}.lora_A.weight"] = basis.right.float().cpu() if basis else torch.empty_like(a)
+            frozen[f"{name}.lora_B.weight"] = basis.left.float().cpu() if basis else torch.empty_like(b)
+        return frozen
+
+    def _basis(
+        self, name: str, layer: LoraLayer, seed: int, gradients: State | None, correction: Mapping[str, Tensor]
+    ) -> bases.Basis:
+        rank = self.settings.rank
+        if self.settings.basis == "seeded":
+            b, _, a = (factor_weight(layer, factor) for factor in self.factors)
+            return bases.seeded_basis(b.shape[0], a.shape[1], rank, seed, name)
+        if self.settings.basis == "weight":
+            weight = oriented_weight(layer)
+            return bases.weight_basis(weight + correction[name].to(weight) if name in correction else weight, rank)
+        assert gradients is not None
+        return bases.gradient_basis(gradients[name], rank, self.settings.basis_step)
 
     def delta(self, state: Mapping[str, Tensor]) -> dict[str, LowRank]:
         """dW = s B R A, as left = s B R ``[m, r]`` and right = A ``[r, n]``."""

@@ -84,6 +84,12 @@ def test_cohort_equals_loop_with_every_knob(tiny: Compose, tmp_path: Path, knobs
     assert_engines_agree(tiny, tmp_path, "method=ffa", *knobs)
 
 
+@pytest.mark.parametrize("basis", ["gradient", "seeded"])
+def test_cohort_equals_loop_with_a_new_basis(tiny: Compose, tmp_path: Path, basis: str) -> None:
+    more = [f"adapter.basis={basis}", "strategy.refresh=2", "rounds=4", "cohort.size=6"]
+    assert_engines_agree(tiny, tmp_path, "method=fed_sb", *more)
+
+
 def test_clients_of_different_rank_share_a_cohort(tiny: Compose, tmp_path: Path) -> None:
     assert_engines_agree(tiny, tmp_path, "method=flexlora", "adapter.client_ranks=[4,2,1]", "cohort.size=null")
 

@@ -61,17 +61,22 @@ def test_personal_models_have_no_unseen_clients(tiny: Compose, tmp_path: Path) -
     assert "seen_accuracy" in summary["final"]["metrics"]
 
 
-def test_personal_models_hold_what_is_shared_as_the_server_has_it(tiny: Compose, tmp_path: Path) -> None:
-    worker = Worker(Federation(tiny("method=fedsa", "rounds=1")), ClientStore(tmp_path))
+@pytest.mark.parametrize("settings", [["method=fedsa"], ["method=fed_sb", "adapter.head=private"]], ids=" ".join)
+def test_personal_models_hold_what_is_shared_as_the_server_has_it(
+    tiny: Compose, tmp_path: Path, settings: list[str]
+) -> None:
+    """Its frozen tensors too, also for clients that have not been sent them yet."""
+    worker = Worker(Federation(tiny(*settings, "rounds=1")), ClientStore(tmp_path))
     strategy = build_strategy(worker.federation.config.strategy, worker.model)
     assert isinstance(strategy, FederatedStrategy)
     private = random_state(worker.model, worker.model.private, 1)
     for each in worker.federation.clients:
         worker.store.write(each, 1, ClientRecord(private))
-    evaluator = Evaluator(worker, worker.seeded_frozen)
+    frozen = random_state(worker.model, worker.model.frozen, 2)
+    evaluator = Evaluator(worker, frozen)
     state = random_state(worker.model, worker.model.shared)
     found = evaluator.evaluate(strategy, state, 1)
-    worker.model.load({**state, **private})
+    worker.model.load({**state, **private, **frozen})
     rows = np.concatenate([worker.federation.index.validation[client] for client in evaluator.panel])
     assert found.metrics["validation_accuracy"] == pytest.approx(accuracy(worker, rows))
     losses = row_statistics(worker.model, worker.federation.task, worker.federation.rows, rows, 3)["loss"]
