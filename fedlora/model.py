@@ -208,7 +208,7 @@ class AdaptedModel:
             state: the trained tensors; keys of the head do not matter.
             frozen: the frozen tensors; ``None``: the model's own.
         """
-        full = {**(self.read(self.frozen) if frozen is None else frozen), **state}
+        full = {**self.read(self.own), **(self.read(self.frozen) if frozen is None else frozen), **state}
         known = self.adapter.delta(full)
         if known is not None:
             return known

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, InputError
 from simulations import compose, plan, tables
 from simulations.simulate import resume, start
 
@@ -74,8 +74,7 @@ def _simulate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.compare:
-        others = [o for o in overrides if not o.startswith("method=")]
-        plans = [plan.plan_run(compose.compose_config([*others, f"method={m}"])) for m in compose.options("method")]
+        plans = _plans_of_all_methods([o for o in overrides if not o.startswith("method=")])
     else:
         plans = [plan.plan_run(compose.compose_config(overrides))]
     if options.json:
@@ -84,6 +83,22 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         tables.console().print(tables.plans(plans, options.bandwidth))
     return 0
+
+
+def _plans_of_all_methods(overrides: list[str]) -> list[dict[str, Any]]:
+    """A plan for every method that these settings suit; the others are named, with the reason."""
+    plans: list[dict[str, Any]] = []
+    refused: list[tuple[str, InputError]] = []
+    for method in compose.options("method"):
+        try:
+            plans.append(plan.plan_run(compose.compose_config([*overrides, f"method={method}"])))
+        except InputError as error:
+            refused.append((method, error))
+    if not plans:
+        raise refused[0][1]
+    for method, error in refused:
+        logging.getLogger("fedlora.notices").warning("method=%s is left out: %s", method, error)
+    return plans
 
 
 def _methods(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -7,7 +7,7 @@ import math
 from importlib.metadata import version
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedlora import __version__
 from fedlora.adapters import Adapter
@@ -37,9 +37,12 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
         run.evaluator.load(run.state, run.ours)
         head_state = run.worker.model.read(head)
         adapter_state = {key: value for key, value in run.state.items() if key not in head}
-        export_adapter(run.federation, folder.adapter, adapter_state, run.frozen, correction, head_state)
+        frozen = {**run.frozen, **run.worker.model.read(run.worker.model.own)}
+        export_adapter(run.federation, folder.adapter, adapter_state, frozen, correction, head_state)
+        for name, tensors in run.ours.keepsakes().items() if run.ours is not None else ():
+            save_file(tensors, folder.adapter / f"{name}.safetensors")
         if merged:
-            export_merged(run.federation, folder.merged, adapter_state, run.frozen, correction, head_state)
+            export_merged(run.federation, folder.merged, adapter_state, frozen, correction, head_state)
     run.ledger.write(folder.ledger_file)
     errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
     trained, target = max(run.rounds, 1), config.eval.target
@@ -103,7 +106,8 @@ def label(config: Config, adapter: Adapter, trains: bool) -> str:
     target = str(config.strategy["_target_"])
     if (config.adapter["name"], target) != own_pair(config.method):
         return f"{target.replace(':', '.').rpartition('.')[2]}({adapter.label})"
-    return config.method + (adapter.label.removeprefix(adapter.config.name) if trains else "")
+    choice = adapter.label.removeprefix(adapter.config.name) if trains else ""
+    return config.method + choice.replace(f"[{config.method}]", "")
 
 
 def _phases(rounds: list[dict[str, Any]]) -> dict[str, float]:

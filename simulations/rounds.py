@@ -117,7 +117,7 @@ class FederatedRun:
             replies = list(grid.send_and_receive(messages))
         failures = self._failures(server_round, chosen, replies, grid)
         with self._clock("aggregate"), collector_paused():
-            expected = self._expected(replies)
+            expected = self._expected(replies, grid)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 self.state = wire.from_record(arrays)
@@ -151,8 +151,8 @@ class FederatedRun:
             raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
         return failed
 
-    def _expected(self, replies: list[Message]) -> dict[str, LowRank] | None:
-        """The exact mean of the clients' dW; ``None`` where there is none to compare with.
+    def _expected(self, replies: list[Message], grid: ClientGrid) -> dict[str, LowRank] | None:
+        """The exact mean (or sum) of the clients' dW; ``None`` where there is none to compare with.
 
         Where dW is affine by its formula it is the dW of the mean, which costs least. LoRA's products are made block by
         block, and only seen through a few directions where the cohort is large (:meth:`_seen`). Products are in fp64
@@ -163,7 +163,8 @@ class FederatedRun:
         self._probes = {}
         if self.ours is not None and self.ours.exact is None:
             return None
-        contents = [r.content for r in replies if not r.has_error() and "arrays" in r.content]
+        usable = [r for r in replies if not r.has_error() and "arrays" in r.content]
+        contents = [r.content for r in usable]
         if not contents:
             return None
         examples = [int(cast(int, cast(MetricRecord, content["metrics"])["num-examples"])) for content in contents]
@@ -176,7 +177,12 @@ class FederatedRun:
             return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
         dtype = torch.float64 if self.ours is not None and self.ours.exact else torch.float32
         if type(model.adapter) is not Lora:
-            return weighted_mean((self._delta(state) for state in states), shares, dtype)
+            owners = [grid.client_of(r.metadata.src_node_id) for r in usable]
+            deltas = (self._delta({**s, **model.own_of(client)}) for s, client in zip(states, owners, strict=True))
+            if self.ours is not None and self.ours.sums:
+                mean = weighted_mean(deltas, [1.0] * len(states), dtype)
+                return {name: delta.scale(len(states)) for name, delta in mean.items()}
+            return weighted_mean(deltas, shares, dtype)
         self._probes = probes(states, self.config.seed)
         if self._probes:
             return mean_update(model.adapter, states, shares, seen=self._seen)

@@ -3,6 +3,7 @@
 from strategies.average import Average
 from strategies.base import FederatedStrategy, Outgoing, Reply, weighted_mean
 from strategies.central import Central
+from strategies.disjoint import Disjoint
 from strategies.fed_sb import FedSB
 from strategies.fedex import FedEx
 from strategies.fedit import FedIT
@@ -17,6 +18,7 @@ from strategies.zero_shot import ZeroShot
 __all__ = [
     "Average",
     "Central",
+    "Disjoint",
     "FLoRA",
     "FedEx",
     "FedIT",

@@ -81,6 +81,7 @@ class FederatedStrategy(Strategy):
 
     Attributes:
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
+        sums: whether the aggregate's dW is the sum of the clients' dW, not their mean.
         own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint``).
         restarts: whether clients start from new factors in every round, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
@@ -96,6 +97,7 @@ class FederatedStrategy(Strategy):
     trains: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
     client_ranks: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
     own_subspaces: ClassVar[bool] = False
     restarts: bool = False
 
@@ -149,6 +151,10 @@ class FederatedStrategy(Strategy):
 
     def base_correction(self) -> dict[str, Tensor]:
         """The sum of all residuals, dense ``{module: [m, n]}``, that belongs to the current global state."""
+        return {}
+
+    def keepsakes(self) -> dict[str, State]:
+        """What a finished run keeps beside its adapter, ``{file name: tensors}``; by default nothing."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -115,11 +115,24 @@ def test_plan_and_methods_print_one_json_document(
     assert main(["plan", "--json", *tiny_overrides, "adapter.rank=4"]) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {"upload_params", "download_params", "setup_params", "trainable_params", "total_bytes"} <= set(plan)
-    assert main(["plan", "--json", "--compare", *tiny_overrides, "adapter.rank=4"]) == 0
-    compared = json.loads(capsys.readouterr().out)["methods"]
+    assert main(["plan", "--json", "--compare", *tiny_overrides, "adapter.rank=2"]) == 0
+    captured = capsys.readouterr()
+    compared = [item["method"] for item in json.loads(captured.out)["methods"]]
     assert main(["methods", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)["methods"]
-    assert [item["method"] for item in compared] == [item["method"] for item in listed]
+    listed = [item["method"] for item in json.loads(capsys.readouterr().out)["methods"]]
+    assert {"fedit", "fed_sb", "disjoint"} <= set(compared)
+    assert compared == [method for method in listed if f"method={method} is left out:" not in captured.err]
+
+
+def test_a_comparison_leaves_out_what_the_settings_do_not_suit_and_says_why(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--json", "--compare", *tiny_overrides, "adapter.rank=8"]) == 0
+    captured = capsys.readouterr()
+    assert "disjoint" not in [item["method"] for item in json.loads(captured.out)["methods"]]
+    assert "method=disjoint is left out: adapter.subspace=disjoint gives each of" in captured.err
+    assert main(["plan", "--compare", *tiny_overrides, "rounds=-1"]) == 2
+    assert "Setting 'rounds' = -1 is not valid" in capsys.readouterr().err
 
 
 def test_resume_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from fedlora.capability import Capability
 from fedlora.export import export_adapter
 from fedlora.federation import Federation
 from fedlora.grid import parts_of
-from fedlora.lowrank import relative_distance, weighted_mean
+from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.plan import list_methods
 from strategies.base import FederatedStrategy, Reply, completed, weights
@@ -42,6 +42,7 @@ EXAMPLES = (50, 3, 20, 7)
 METHODS = {each["method"]: each for each in list_methods()}
 AGGREGATES = [name for name, each in METHODS.items() if each["exact"] is not None]
 BASELINES = ("central", "local", "zero_shot")
+ROOM = {"disjoint": ["adapter.rank=2"]}  # every client has rows of its own among 32
 
 
 @pytest.fixture(params=["tiny_bert", "tiny_gpt2"])
@@ -61,11 +62,12 @@ def far_replies(strategy: FederatedStrategy, model: AdaptedModel, state: State, 
     """What clients could send back: random numbers for all that they were asked to train."""
     generator = torch.Generator().manual_seed(server_round)
     replies = []
-    for i, (count, share) in enumerate(zip(EXAMPLES, weights(EXAMPLES, "examples"), strict=True)):
-        out = strategy.send(f"client {i}", server_round, state)
+    clients = model.adapter.clients[: len(EXAMPLES)]
+    for client, count, share in zip(clients, EXAMPLES, weights(EXAMPLES, "examples"), strict=True):
+        out = strategy.send(client, server_round, state)
         layout = model.answer_layout(Capability(), parts_of(out.instructions))
         sent = {key: 0.5 * torch.randn(shape, generator=generator) for key, shape in layout.items()}
-        replies.append(Reply(f"client {i}", completed(sent, state), count, share, 0.5))
+        replies.append(Reply(client, completed(sent, state), count, share, 0.5))
     return replies
 
 
@@ -74,8 +76,11 @@ def errors_of(strategy: FederatedStrategy, model: AdaptedModel, rounds: int) -> 
     state, frozen, errors = model.read(model.shared), model.read(model.frozen), []
     for server_round in range(1, rounds + 1):
         replies = far_replies(strategy, model, state, server_round)
-        deltas: Sequence = [model.delta(reply.state, frozen) for reply in replies]
-        expected = weighted_mean(deltas, list(EXAMPLES))
+        deltas: Sequence = [model.delta({**r.state, **model.own_of(r.client)}, frozen) for r in replies]
+        if strategy.sums:
+            expected = {name: LowRank.sum([delta[name] for delta in deltas]) for name in deltas[0]}
+        else:
+            expected = weighted_mean(deltas, list(EXAMPLES))
         state = strategy.fold(server_round, state, replies)
         frozen = strategy.frozen() or frozen
         actual = model.delta(state, frozen)
@@ -90,7 +95,8 @@ def errors_of(strategy: FederatedStrategy, model: AdaptedModel, rounds: int) -> 
 def test_a_method_aggregates_as_exactly_as_it_says(
     tiny: Compose, architecture: list[str], method: str, scale: str
 ) -> None:
-    strategy, model = ready(Federation(tiny(f"method={method}", *architecture, *SCALES[scale])))
+    overrides = [f"method={method}", *architecture, *SCALES[scale], *ROOM.get(method, [])]
+    strategy, model = ready(Federation(tiny(*overrides)))
     errors = errors_of(strategy, model, 3)
     if strategy.exact:
         assert max(errors) <= 1e-6
@@ -102,12 +108,12 @@ def test_a_method_aggregates_as_exactly_as_it_says(
 def test_what_a_method_trained_is_saved_for_others(
     tiny: Compose, tmp_path: Path, architecture: list[str], method: str
 ) -> None:
-    federation = Federation(tiny(f"method={method}", *architecture, *SCALES["alpha"]))
+    federation = Federation(tiny(f"method={method}", *architecture, *SCALES["alpha"], *ROOM.get(method, [])))
     model, batch = started(federation), first_batch(federation)
     model.load(random_state(model, model.shared + model.private))
     head = model.read(model.head)
     state = model.read(key for key in model.trainable if key not in model.head)
-    export_adapter(federation, tmp_path, state, model.read(model.frozen), {}, head)
+    export_adapter(federation, tmp_path, state, model.read(model.frozen + model.own), {}, head)
     loaded = PeftModel.from_pretrained(bare_backbone(federation), str(tmp_path)).eval()
     torch.testing.assert_close(logits(loaded, batch), logits(model.module, batch), atol=1e-5, rtol=1e-5)
 
