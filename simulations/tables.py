@@ -98,32 +98,33 @@ def samples(summary: Mapping[str, Any]) -> Text:
 
 
 def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
-    """One column a method (one row a quantity): parameters, bytes, memory, work and time on the link."""
+    """One row a method: parameters, bytes, time on the link, memory and work."""
     clients = max(item["clients_per_round"] for item in items)
     rounds = max(item["rounds"] for item in items)
-    table = Table(title=f"{rounds} rounds, {clients:.0f} clients a round, {bandwidth:g} Mbit/s", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for item in items:
-        table.add_column(escape(item["label"]), justify="right", no_wrap=True)
-    quantities: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "affine": lambda item: "yes" if item["affine"] else "no",
-        "trainable parameters": lambda item: f"{item['trainable_params']:,}",
-        "up, a client and round": lambda item: human_bytes(item["payload_up_per_client"]),
-        "down, a client and round": lambda item: human_bytes(item["payload_down_per_client"]),
-        "setup, once a client": lambda item: human_bytes(item["setup_bytes_per_client"]),
-        "up, a round": lambda item: human_bytes(item["payload_up"] / max(item["rounds"], 1)),
-        "down, a round": lambda item: human_bytes(item["payload_down"] / max(item["rounds"], 1)),
-        "setup, the run": lambda item: human_bytes(item["setup_bytes"]),
-        "all messages, the run": lambda item: human_bytes(item["total_bytes"]),
-        "link, a client and round": lambda item: (
-            f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s"
-        ),
-        "memory of a client": lambda item: human_bytes(item["client_memory_bytes"]),
-        "memory of the simulation": lambda item: human_bytes(item["run_memory_bytes"]),
-        "work of a client and round": lambda item: f"{item['client_flops_per_round'] / 1e9:.1f} GFLOP",
+    title = f"{rounds} rounds, {clients:.0f} clients a round, a link of {bandwidth:g} Mbit/s; a client and round:"
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "trained": lambda item: f"{item['trainable_params']:,}",
+        "up": lambda item: human_bytes(item["payload_up_per_client"]),
+        "down": lambda item: human_bytes(item["payload_down_per_client"]),
+        "setup": lambda item: human_bytes(item["setup_bytes_per_client"]),
+        "link": lambda item: f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s",
+        "memory": lambda item: human_bytes(item["client_memory_bytes"]),
+        "GFLOP": lambda item: f"{item['client_flops_per_round'] / 1e9:.1f}",
+        "whole run": lambda item: human_bytes(item["total_bytes"]),
+        "its setup": lambda item: human_bytes(item["setup_bytes"]),
+        "simulating": lambda item: human_bytes(item["run_memory_bytes"]),
     }
-    for name, show in quantities.items():
-        table.add_row(name, *(show(item) for item in items))
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in items:
+        table.add_row(escape(item["label"]), *(show(item) for show in columns.values()))
+    table.caption = (
+        "trained: parameters; up, down: payload; setup: frozen tensors, once or whenever they change; link: seconds for "
+        "all messages; whole run: bytes of all messages of all clients, and the setup in them; simulating: memory here."
+    )
+    table.caption_justify = "left"
     return table
 
 
