@@ -148,8 +148,9 @@ def loss_gradients(
     weights: dict[str, Tensor] = {name: base.weight for name, base in bases.items()}  # pyright: ignore
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise InputError(
-            "adapter.basis=gradient needs the gradient of the backbone's weights, which quantised ones do not have. "
-            "Use adapter.basis=weight or adapter.basis=seeded, or backbone.quantization=none."
+            "adapter.basis=gradient and adapter=lora_ga need the gradient of the backbone's weights, which quantised "
+            "ones do not have. Use adapter.basis=weight or adapter.basis=seeded, adapter=lora, or "
+            "backbone.quantization=none."
         )
     model.module.requires_grad_(False)
     for weight in weights.values():

@@ -115,8 +115,9 @@ class Federation:
             )
         if self.adapter.needs_public_sample and len(self.index.public) == 0:
             raise InputError(
-                "adapter.basis=gradient needs rows that the server may look at: set data.split.public_rows "
-                "(for example 128), or choose adapter.basis=weight or adapter.basis=seeded, which need none."
+                f"adapter={self.adapter.label} starts from gradients of rows that the server may look at: set "
+                "data.split.public_rows (for example 128), or choose a start that needs none: adapter.basis=weight or "
+                "adapter.basis=seeded with adapter=fed_sb, or adapter=lora instead of adapter=lora_ga."
             )
 
     @property

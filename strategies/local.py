@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from fedlora.adapters import State
+from fedlora.errors import InputError
+from fedlora.model import AdaptedModel
 from strategies.base import FederatedStrategy, Outgoing, Reply
 
 
@@ -17,6 +19,14 @@ class Local(FederatedStrategy):
     client_ranks: ClassVar[bool] = True
     own_subspaces: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "personal"
+
+    def prepare(self, model: AdaptedModel) -> None:
+        """Refuse what only a server can start."""
+        if model.adapter.needs_public_sample:
+            raise InputError(
+                f"strategy=local: a client alone has no server whose public sample adapter={model.adapter.label} could "
+                "start from. Use adapter=lora, or adapter.basis=weight or adapter.basis=seeded with adapter=fed_sb."
+            )
 
     def send(self, client: str, server_round: int, state: State) -> Outgoing:
         """An instruction to train, and no tensors."""

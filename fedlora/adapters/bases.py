@@ -1,4 +1,4 @@
-"""Frozen factors: the three bases of Fed-SB (B ``[m, r]``, A ``[r, n]``, the diagonal start of R), and orthonormal A.
+"""Where factors start: the three bases of Fed-SB (B ``[m, r]``, A ``[r, n]``, diagonal of R), LoRA-GA, orthonormal A.
 
 All are computed in fp64 and have the sign of each singular pair fixed, so that two machines agree on them as far as
 their linear algebra does.
@@ -30,6 +30,16 @@ def gradient_basis(gradient: Tensor, rank: int, step: float) -> Basis:
     """
     left, values, right = _signed_svd(-step * torch.sign(gradient.double()), rank)
     return Basis(left.to(gradient), values.to(gradient), right.to(gradient))
+
+
+def gradient_factors(gradient: Tensor, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
+    """LoRA-GA (Wang et al. 2024, arXiv 2407.05000): B ``[m, r]`` and A ``[r, n]`` from the gradient ``[m, n]``.
+
+    A has the leading r right singular vectors, B the left ones that come next, each times ``m^(1/4) / sqrt(gamma)``.
+    """
+    left, _, right = _signed_svd(gradient.double(), 2 * rank)
+    size = gradient.shape[0] ** 0.25 / gamma**0.5
+    return (left[:, rank:] * size).to(gradient), (right[:rank] * size).to(gradient)
 
 
 def weight_basis(weight: Tensor, rank: int) -> Basis:

@@ -11,14 +11,14 @@ import pytest
 from safetensors.torch import load_file
 
 from fedlora.errors import InputError
-from simulations.compose import options
+from simulations.compose import choices_of, options
 from simulations.plan import plan_run
 from simulations.simulate import start
 from tests.conftest import Compose
 
-METHODS = options("method")
+METHODS = [m for m in options("method") if "backbone" not in choices_of(m)]  # the others: see test_personal
 FEDERATED = [method for method in METHODS if method not in ("central", "local", "zero_shot")]
-APPROXIMATE, PERSONAL = ("fedit", "flexlora"), ("fedsa",)
+APPROXIMATE, PERSONAL = ("fedit", "flexlora", "lora_ga"), ("fedsa",)
 COUNTS = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
 
 
