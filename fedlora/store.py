@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,11 @@ class ClientStore:
         for r in rounds:
             if r < keep_from:
                 self._path(client, r).unlink()
+
+    def remove(self, client: str) -> None:
+        """Drop everything that ``client`` keeps, and shared content that only it referred to."""
+        shutil.rmtree(self.folder / folder_name(client), ignore_errors=True)
+        self.collect()
 
     def collect(self) -> None:
         """Drop shared content that no client refers to any more."""

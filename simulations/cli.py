@@ -22,6 +22,7 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
   fedlora plan --compare                        bytes, parameters and memory before anything runs
   fedlora methods                               what method=... can be
   fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted
+  fedlora forget "site 3" runs/2026-01-31_12-00-00   take a client out of a finished run of method=disjoint
   fedlora bench --only small --scale 0.25       how fast it is on this machine, and against what"""
 
 SETTINGS = """\
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if options.command in ("methods", "resume", "bench") and overrides:
+    if options.command in ("methods", "resume", "forget", "bench") and overrides:
         parser.error(f"'{options.command}' takes no settings, got {overrides[0]!r}")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     working_directory = os.getcwd()
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sort_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split into flags and words for argparse, and Hydra overrides (anything with ``=``, and ``~group``)."""
+    if arguments[:1] == ["forget"]:  # ids of clients are any text
+        return list(arguments), []
     overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     return [a for a in arguments if a not in overrides], overrides
 
@@ -88,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     resume = command("resume", "finish an interrupted run with the same bits")
     resume.add_argument("run", metavar="RUN", help="the run folder")
     resume.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
+    forget = command("forget", "take a client's block out of a finished run, and say whether that is exact unlearning")
+    forget.add_argument("client", metavar="CLIENT", help="the client's id, as in the ledger")
+    forget.add_argument("run", metavar="RUN", help="the run folder")
     benchmark.add_arguments(command("bench", benchmark.DESCRIPTION, benchmark.EPILOG))
     return parser
 

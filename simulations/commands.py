@@ -19,6 +19,7 @@ from rich.text import Text
 
 from fedlora.errors import FedloraError, InputError
 from simulations import compose, plan, tables
+from simulations.forget import forget
 from simulations.simulate import resume, start
 
 
@@ -118,13 +119,25 @@ def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _forget(options: argparse.Namespace, overrides: list[str]) -> int:
+    print(forget(Path(options.run), options.client)["text"])
+    return 0
+
+
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     from simulations.benchmark.bench import bench  # only this command needs it
 
     return bench(options)
 
 
-COMMANDS = {"simulate": _simulate, "plan": _plan, "methods": _methods, "resume": _resume, "bench": _bench}
+COMMANDS = {
+    "simulate": _simulate,
+    "plan": _plan,
+    "methods": _methods,
+    "resume": _resume,
+    "forget": _forget,
+    "bench": _bench,
+}
 
 
 class _NoticeHandler(logging.Handler):

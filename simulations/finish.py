@@ -10,11 +10,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from fedlora import __version__
-from fedlora.adapters import Adapter
+from fedlora.adapters import Adapter, State
 from fedlora.client import worker_for
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
+from fedlora.model import AdaptedModel
 from simulations import checkpoint
 from simulations.compose import own_pair
 from simulations.memory import measured_peak
@@ -125,12 +126,14 @@ def merge_finished(config: Config, folder: RunFolder) -> None:
     native = folder.adapter / "fedlora_state.safetensors"
     if not native.exists():
         raise InputError(f"{folder.path}: method {config.method} leaves no single model that could be merged.")
-    tensors = load_file(native)
-    prefix = "base_model.model."
-    saved = load_file(folder.adapter / "adapter_model.safetensors")
-    head = {
-        key.removeprefix(prefix): value for key, value in saved.items() if key.removeprefix(prefix) in worker.model.head
-    }
+    tensors, head = load_file(native), saved_head(worker.model, folder)
     path = folder.adapter / "base_correction.safetensors"
     correction = load_file(path) if path.exists() else {}
     export_merged(worker.federation, folder.merged, tensors, {}, correction, head)
+
+
+def saved_head(model: AdaptedModel, folder: RunFolder) -> State:
+    """The task head in the adapter folder of a finished run."""
+    prefix = "base_model.model."
+    saved = load_file(folder.adapter / "adapter_model.safetensors")
+    return {key.removeprefix(prefix): value for key, value in saved.items() if key.removeprefix(prefix) in model.head}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
@@ -96,6 +98,13 @@ class RunFolder:
         """Forget rounds after ``last_round``."""
         kept = [record for record in self.read_rounds() if record["round"] <= last_round]
         write_atomically(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_tensors_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that is either whole or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(dict(tensors), temporary)
+    temporary.replace(path)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -98,6 +98,18 @@ class Disjoint(CorrectedStrategy):
             for module in self._model.layers
         }
 
+    def squared_norms(self) -> dict[str, float]:
+        """||s B_k A_k||^2 over all modules, for each client; they sum to that of the whole."""
+        return {
+            client: sum(update.norm() ** 2 for update in self.update_of({client: block}).values())
+            for client, block in self.blocks.items()
+        }
+
+    def forget(self, client: str) -> None:
+        """Remove the block of ``client``; all others stay as they are."""
+        del self.blocks[client]
+        self._total = None
+
     def total(self) -> dict[str, Tensor]:
         """The sum of all blocks, dense ``{module: [m, n]}``: in fp64 in the order of clients, then fp32."""
         ordered = {client: self.blocks[client] for client in sorted(self.blocks)}
@@ -106,8 +118,8 @@ class Disjoint(CorrectedStrategy):
         return {module: update.double().dense().float() for module, update in self.update_of(ordered).items()}
 
     def base_correction(self) -> dict[str, Tensor]:
-        """The sum of all blocks; in ``open`` as the clients hold it, added up round by round."""
-        if self.isolation == "open":
+        """The sum of all blocks; where clients hold it, as they have added it up round by round."""
+        if self.log.version:
             return super().base_correction()
         if self._total is None:
             self._total = self.total()

@@ -122,6 +122,19 @@ def test_collecting_drops_only_what_no_client_refers_to(store: ClientStore):
     assert [store.has_shared(key) for key in ("used", "old", "lost")] == [True, False, False]
 
 
+def test_removing_a_client_leaves_the_others_and_what_they_share(store: ClientStore):
+    for key in ("both", "alone"):
+        store.put_shared(key, {"x": torch.ones(1)})
+    store.write("a", 1, ClientRecord({"x": torch.zeros(1)}, {"setup": "both", "correction": "alone"}))
+    store.write("b", 1, ClientRecord({}, {"setup": "both"}))
+    store.remove("a")
+    assert store.clients() == ["b"]
+    assert store.read("a", 2) == ClientRecord()
+    assert store.has_shared("both")
+    assert not store.has_shared("alone")
+    store.remove("who was never there")
+
+
 def test_an_interrupted_write_leaves_the_old_state(store: ClientStore):
     store.write("a", 1, ClientRecord(tensors(1)))
     (store.folder / "a" / ".round_000002.safetensors.99.tmp").write_bytes(b"half")

@@ -37,7 +37,7 @@ def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for word in ("simulate", "plan", "methods", "resume", "method=", "run_dir="):
+    for word in ("simulate", "plan", "methods", "resume", "forget", "method=", "run_dir="):
         assert word in text
 
 

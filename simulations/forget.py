@@ -1,0 +1,140 @@
+"""Take one client out of a finished run whose clients trained in disjoint subspaces, and say what that amounts to.
+
+The server has kept every client's block of dW = sum_k s B_k A_k (``adapter/blocks.safetensors``). Without one of them
+the sum is what the others have taught; their blocks stay as they were, bit by bit. That is exact unlearning, the model
+of the same run without this client, if no other block depends on it: no client's base held it (``isolation=strict``),
+and no head was trained together. Otherwise it is the removal of a block, and the reasons are given.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from fedlora.client import Worker, worker_for
+from fedlora.config import Config, nearest
+from fedlora.errors import InputError
+from fedlora.model import AdaptedModel
+from simulations.evaluator import Evaluator
+from simulations.finish import merge_finished, saved_head
+from simulations.run_folder import RunFolder, write_atomically, write_tensors_atomically
+from strategies.build import build_strategy
+from strategies.disjoint import FILE, Disjoint
+
+EXACT, REMOVAL = "exact unlearning", "block removal"
+
+
+def forget(run_dir: Path, client: str) -> dict[str, Any]:
+    """Remove the block of ``client`` from the finished run in ``run_dir``.
+
+    Rewrites the global model, the blocks, and the merged model if there is one, deletes what the run folder holds of
+    the client's own state, and adds to ``forgotten.json``. The blocks are written last: a call that was interrupted can
+    be made again.
+
+    Returns:
+        What was done: ``kind`` (exact unlearning, or block removal), ``reasons`` why it is not exact, ``at`` (UTC),
+        ``share`` of ||dW||^2 that was removed, ``metrics`` of the model that is left, ``text`` in sentences.
+
+    Raises:
+        InputError: there is no finished run, it has no blocks, or none of this client.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.read_config()
+    blocks = _blocks(folder, config)
+    worker = worker_for(config.model_dump_json(), str(folder.path))
+    strategy = build_strategy(config.strategy, worker.model)
+    assert isinstance(strategy, Disjoint)  # no other leaves such a file
+    strategy.keep_blocks(load_file(blocks))
+    record_file = folder.path / "forgotten.json"
+    forgotten: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
+    if client not in strategy.blocks:
+        raise InputError(_unknown(client, worker, folder, forgotten, list(strategy.blocks)))
+    before = strategy.squared_norms()
+    strategy.forget(client)
+    reasons = _dependences(strategy, worker.model, config)
+    record = {
+        "kind": REMOVAL if reasons else EXACT,
+        "reasons": reasons,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "share": before[client] / (sum(before.values()) or 1.0),
+        "metrics": _metrics(worker, strategy, folder),
+    }
+    record["text"] = _text(client, record)
+    merged = folder.merged.exists()
+    shutil.rmtree(folder.merged, ignore_errors=True)
+    write_tensors_atomically(folder.adapter / "base_correction.safetensors", strategy.total())
+    write_atomically(record_file, json.dumps({**forgotten, client: record}, indent=2, allow_nan=False) + "\n")
+    folder.store.remove(client)
+    write_tensors_atomically(blocks, strategy.keepsakes()[FILE])
+    if merged:
+        merge_finished(config, folder)
+    return record
+
+
+def _metrics(worker: Worker, strategy: Disjoint, folder: RunFolder) -> dict[str, float]:
+    """An evaluation of the model that is left."""
+    model = {**worker.initial, **saved_head(worker.model, folder)}
+    state = {key: model[key] for key in worker.model.shared}
+    return Evaluator(worker, {}).evaluate(strategy, state, worker.federation.config.rounds).metrics
+
+
+def _blocks(folder: RunFolder, config: Config) -> Path:
+    """The file of the blocks of a finished run."""
+    if folder.read_summary() is None:
+        raise InputError(f"{folder.path} is an unfinished run: finish it with 'fedlora resume {folder.path}' first.")
+    path = folder.adapter / f"{FILE}.safetensors"
+    if not path.exists():
+        raise InputError(
+            f"{folder.path}: method {config.method} mixes what clients taught, and keeps no block of each that can be "
+            "taken out. Run method=disjoint (with strategy.isolation=strict adapter.head=frozen for exact unlearning)."
+        )
+    return path
+
+
+def _unknown(client: str, worker: Worker, folder: RunFolder, forgotten: dict[str, Any], there: list[str]) -> str:
+    if client in forgotten:
+        return f"{folder.path}: client '{client}' was forgotten at {forgotten[client]['at']}; nothing of it is left."
+    if client in worker.federation.clients:
+        return f"{folder.path}: client '{client}' trained in no round of this run, so there is nothing to forget."
+    return (
+        f"{folder.path}: there is no client '{client}'.{nearest(client, there)} Clients with a block: {_some(there)}."
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def _dependences(strategy: Disjoint, model: AdaptedModel, config: Config) -> list[str]:
+    """Why what is left may still depend on the client."""
+    reasons = []
+    if strategy.isolation == "open":
+        reasons.append(
+            "strategy.isolation=open: other clients trained on a base that held this block, so their blocks were "
+            "learned in its presence, and the bases that they keep still hold it"
+        )
+    if any(key in model.head for key in model.shared):
+        reasons.append(
+            f"adapter.head={config.adapter['head']}: the head is a mean that this client took part in, and it stays"
+        )
+    return reasons
+
+
+def _text(client: str, record: dict[str, Any]) -> str:
+    """What was done, in sentences."""
+    done = f"{record['kind']} of '{client}': its block, {record['share']:.1%} of the squared norm of the sum, is gone"
+    if record["reasons"]:
+        return (
+            f"{done}; this is not exact unlearning, because {'; and '.join(record['reasons'])}. A run with "
+            "strategy.isolation=strict and adapter.head=frozen (or private) can be unlearned exactly."
+        )
+    return (
+        f"{done}. No other client's forward pass ever held it (strategy.isolation=strict) and no head was trained "
+        "together, so what is left is the model of the same run without this client. What people have chosen by "
+        "looking at results, such as a learning rate, is not undone."
+    )
