@@ -121,7 +121,7 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
     for item in items:
         table.add_row(escape(item["label"]), *(show(item) for show in columns.values()))
     table.caption = (
-        "trained: parameters; up, down: payload; setup: frozen tensors, once or whenever they change; link: seconds for "
+        "trained: parameters; up, down: payload; setup: frozen tensors, once or when they change; link: seconds for "
         "all messages; whole run: bytes of all messages of all clients, and the setup in them; simulating: memory here."
     )
     table.caption_justify = "left"
