@@ -54,6 +54,10 @@ class Backbone:
         Raises:
             InputError: the package or the path is missing, or the machine cannot quantise.
         """
+        if config.name == "heterogeneous":
+            from fedlora.personal.backbone import HeterogeneousBackbone
+
+            return HeterogeneousBackbone.from_config(config)
         if config.quantization != "none":
             _require_bitsandbytes(config.quantization)
         if config.name == "random":
@@ -70,6 +74,16 @@ class Backbone:
             return cls(config, config.path)
         packaged = {"minilm": minilm_folder, "smollm2": smollm2_folder}[config.name]
         return cls(config, config.path or str(packaged()))
+
+    @property
+    def client_models(self) -> list[str] | dict[str, float] | None:
+        """The models that clients have of their own; ``None`` where all have this one."""
+        return None
+
+    @property
+    def any_picture(self) -> bool:
+        """Whether the model is built for the pictures of the data, whatever their size."""
+        return False
 
     @property
     def described(self) -> str:

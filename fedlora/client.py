@@ -27,6 +27,8 @@ from fedlora.errors import FedloraError
 from fedlora.federation import Federation
 from fedlora.grid import error_reply, parts_of
 from fedlora.model import AdaptedModel
+from fedlora.personal.model import PersonalModel
+from fedlora.personal.trainer import PersonalTrainer
 from fedlora.ranks import crop, cut_shapes, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
@@ -82,7 +84,8 @@ class Worker:
         """Trains on the worker's model."""
         self.pack()
         federation = self.federation
-        return Trainer(self.model, federation.task, federation.rows, federation.config.client)
+        trainer = PersonalTrainer if isinstance(self.model, PersonalModel) else Trainer
+        return trainer(self.model, federation.task, federation.rows, federation.config.client)
 
     def pack(self) -> str | None:
         """Skip padding from now on, in training and evaluation, if the configuration and the model allow it.
@@ -159,7 +162,8 @@ class Worker:
 
     def start_of(self, client: str) -> State:
         """What ``client`` starts from before it hears from the server: the seeded start, and what is its own."""
-        return {**self.initial, **self.model.own_of(client)}
+        start = self.model.held(self.initial, self.federation.capability(client).modules)
+        return {**start, **self.model.own_of(client)}
 
     def _sent(self, content: RecordDict, layout: wire.Layout) -> State:
         """The tensors that came with a message; those of the clients of a round are mostly the same record."""
@@ -215,7 +219,8 @@ class Worker:
         kept = self.model.trainable if job.personal else self.model.private
         moments = {**job.member.moments, **trained.moments} if trained.moments else {}
         if kept or job.references or moments:
-            record = ClientRecord({key: state[key] for key in kept}, job.references, moments)
+            private = {key: state[key] for key in kept if key in state}  # all of them, or those of its own model
+            record = ClientRecord(private, job.references, moments)
             self.store.write(job.client, job.server_round, record)
         metrics = MetricRecord({"num-examples": len(job.member.rows), "train_loss": trained.loss})
         reply = RecordDict({"metrics": metrics})

@@ -26,11 +26,11 @@ class Settings(BaseModel):
 
 
 class BackboneConfig(Settings):
-    """The frozen pretrained model.
+    """The frozen pretrained model, or the private models of the clients.
 
     Attributes:
-        name: ``minilm`` or ``smollm2`` (packaged), ``hf`` (hub id or local folder in ``path``) or ``random``
-            (weights drawn from the seed).
+        name: ``minilm`` or ``smollm2`` (packaged), ``hf`` (hub id or local folder in ``path``), ``random``
+            (weights drawn from the seed) or ``heterogeneous`` (every client has a model of its own, and trains it).
         path: hub id or local folder.
         architecture: for ``random``: a model type of transformers, such as ``llama`` or ``vit``.
         settings: for ``random``: values of that architecture's configuration class.
@@ -38,9 +38,12 @@ class BackboneConfig(Settings):
         quantization: how the frozen weights are held; adapters stay fp32.
         attention: attention implementation of transformers (``eager``, ``sdpa``, ...); ``None``: its own choice.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time, the same numbers.
+        models: for ``heterogeneous``: the clients' models, in turn, or with the share of clients that have each; see
+            :mod:`fedlora.personal.private_models`.
+        width: for ``heterogeneous``: of the models' features; ``None``: that of the first model.
     """
 
-    name: Literal["minilm", "smollm2", "hf", "random"]
+    name: Literal["minilm", "smollm2", "hf", "random", "heterogeneous"]
     path: str | None = None
     architecture: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -48,6 +51,8 @@ class BackboneConfig(Settings):
     quantization: Literal["none", "int8", "nf4"] = "none"
     attention: str | None = None
     gradient_checkpointing: bool = False
+    models: list[str] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    width: Count | None = None
 
 
 class SplitConfig(Settings):

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapters import LowRankAdapter, State
 from fedlora.adapters.base import ADAPTER_NAME
 from fedlora.adapters.injection import configured, logged_warnings, named_tensors, plain_name, seeded
+from fedlora.adapters.personal import PersonalAdapter
 from fedlora.adapters.targets import PRESETS, is_suffix
 from fedlora.errors import InputError
 from fedlora.federation import Federation
@@ -36,7 +37,9 @@ def export_adapter(
     (FedEx) is no adapter: it is written beside it and is part of the merged model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(federation.adapter, LowRankAdapter):
+    if isinstance(federation.adapter, PersonalAdapter):
+        pass  # no layer of a common backbone is adapted: its own tensors are all there is
+    elif isinstance(federation.adapter, LowRankAdapter):
         _export_lora(federation, federation.adapter, folder, {**frozen, **state}, head)
     else:
         _peft_model(federation, {**frozen, **state}, head).save_pretrained(str(folder))
@@ -51,8 +54,13 @@ def export_merged(
     """Write a whole transformers model with dW and the base correction added to its weights, and its tokenizer.
 
     Raises:
-        InputError: PEFT cannot merge this adapter into the weights.
+        InputError: PEFT cannot merge this adapter into the weights, or there is no backbone.
     """
+    if isinstance(federation.adapter, PersonalAdapter):
+        raise InputError(
+            f"--merged: adapter={federation.adapter.label} trains {federation.backbone.described} whole, and has nothing "
+            "to merge. Leave it out: the adapter folder of the run holds the weights."
+        )
     if isinstance(federation.adapter, LowRankAdapter):
         model = _merged_factors(federation, federation.adapter.delta({**frozen, **state}), correction, head)
     else:

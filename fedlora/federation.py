@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pandas.core.util.hashing import hash_pandas_object
+from torch import nn
 
 from fedlora.adapters import Adapter, State, build_adapter
 from fedlora.adapters.injection import WeightsNeededError
@@ -29,6 +30,8 @@ from fedlora.encoded import EncodedRows, cached
 from fedlora.errors import InputError
 from fedlora.evaluation import loss_gradients
 from fedlora.model import AdaptedModel
+from fedlora.personal.model import PersonalModel
+from fedlora.personal.private_models import PrivateModels
 from fedlora.precision import DTYPES, settled_precision
 from fedlora.seeding import numpy_rng
 from fedlora.tasks import Schema, Task, base, build_task
@@ -135,7 +138,8 @@ class Federation:
         if client not in self._positions:
             return Capability()
         place, seed = self._positions[client], self.config.seed
-        ranks, modules = self.adapter.client_ranks, self.adapter.config.client_modules
+        ranks = self.adapter.client_ranks
+        modules = self.backbone.client_models or self.adapter.config.client_modules
         return Capability(
             None if ranks is None else assigned(ranks, place, seed, "rank", client),
             () if modules is None else modules_named(assigned(modules, place, seed, "modules", client)),
@@ -156,7 +160,7 @@ class Federation:
         heads = self.task.head_modules
         dtype = DTYPES[settled_precision(self.config.precision)]
         module = self.backbone.load(self.task.auto_class, self.config.seed, heads=heads, dtype=dtype, **overrides)
-        model = AdaptedModel(module, self.adapter, self.task.head_modules, self.config.seed)
+        model = self._adapted(module)
         model.initialise(self.config.seed)
         return model
 
@@ -168,9 +172,14 @@ class Federation:
         overrides = self.task.model_overrides(self.schema)
         module = self.backbone.meta(self.task.auto_class, **overrides)
         try:
-            return AdaptedModel(module, self.adapter, self.task.head_modules, self.config.seed)
+            return self._adapted(module)
         except WeightsNeededError:
             return self.build_model()
+
+    def _adapted(self, module: nn.Module) -> AdaptedModel:
+        if isinstance(module, PrivateModels):
+            return PersonalModel(module, self.adapter, self.config.seed)
+        return AdaptedModel(module, self.adapter, self.task.head_modules, self.config.seed)
 
     def initialise_on_server(self, model: AdaptedModel) -> None:
         """Finish what only the server can start: factors that come from gradients of its public sample."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
 from fedlora.packing import Packer
 from fedlora.ranks import crop, cut_shapes, pad
+
+Value = TypeVar("Value")
 
 
 class AdaptedModel:
@@ -116,6 +118,10 @@ class AdaptedModel:
         inside = tuple(f"{name}." for name in named)
         rests = {key for key in keys if (wanted and part_of(key) not in wanted) or not key.startswith(inside)}
         return tuple(key for key in self.trainable if key not in rests)
+
+    def held(self, values: dict[str, Value], modules: Iterable[str]) -> dict[str, Value]:
+        """What of ``values``, one for each trained key, belongs to a client that trains ``modules``: all of them."""
+        return values
 
     @property
     def device(self) -> torch.device:

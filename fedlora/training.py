@@ -17,7 +17,7 @@ from fedlora.encoded import EncodedRows
 from fedlora.errors import FedloraError
 from fedlora.model import AdaptedModel
 from fedlora.packing import choose
-from fedlora.tasks import Task
+from fedlora.tasks import Batch, Task
 
 
 def train_steps(
@@ -31,6 +31,7 @@ def train_steps(
     dropout_seed: int,
     moments: Mapping[str, Tensor],
     keys: tuple[str, ...],
+    objective: Callable[[nn.Module, Batch], Tensor] | None = None,
 ) -> tuple[float, State]:
     """Train the tensors ``keys`` of the model in place on ``rows``.
 
@@ -45,6 +46,7 @@ def train_steps(
         dropout_seed: draws the adapter's dropout.
         moments: the optimiser state to continue from, as this function returned it; empty to start anew.
         keys: what is trained.
+        objective: the mean loss of a batch, a scalar, where it is not that of the task.
 
     Returns:
         The mean loss over the steps, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is set.
@@ -62,7 +64,7 @@ def train_steps(
     with training_mode(model.module, dropout_seed):
         for step, batch in enumerate(batch_order(rows, whole, settings.local_epochs, settings.local_steps, rng)):
             optimizer.zero_grad()
-            losses.append(_backward(model, task, encoded, batch, settings.batch_size))
+            losses.append(_backward(model, task, encoded, batch, settings.batch_size, objective or task.loss))
             if not math.isfinite(losses[-1]):
                 raise FedloraError(f"the loss is {losses[-1]} at local step {len(losses)}")
             if settings.max_grad_norm is not None:
@@ -74,14 +76,21 @@ def train_steps(
     return float(np.mean(losses)), _moments(optimizer, parameters) if settings.keep_optimizer else {}
 
 
-def _backward(model: AdaptedModel, task: Task, encoded: EncodedRows, rows: np.ndarray, size: int) -> float:
+def _backward(
+    model: AdaptedModel,
+    task: Task,
+    encoded: EncodedRows,
+    rows: np.ndarray,
+    size: int,
+    objective: Callable[[nn.Module, Batch], Tensor],
+) -> float:
     """Accumulate the gradient of the mean loss over ``rows``, ``size`` of them at a time; return that mean."""
     parts = [model.to_device(task.collate(encoded, rows[i : i + size])) for i in range(0, len(rows), size)]
     weights = [task.weight(part) for part in parts]
     total = 0.0
     for part, weight in zip(parts, weights, strict=True):
         share = weight / sum(weights)
-        loss = task.loss(model.module, part)
+        loss = objective(model.module, part)
         total += share * float(loss.detach())
         (loss * share if len(parts) > 1 else loss).backward()
     return total

@@ -44,6 +44,9 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
             save_file(tensors, folder.adapter / f"{name}.safetensors")
         if merged:
             export_merged(run.federation, folder.merged, adapter_state, frozen, correction, head_state)
+    elif run.ours.evaluation == "personal" and run.ours.communicates:
+        shared = {key: value.clone() for key, value in run.state.items()}
+        save_file(shared, folder.path / "shared.safetensors")
     run.ledger.write(folder.ledger_file)
     errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
     trained, target = max(run.rounds, 1), config.eval.target

@@ -7,11 +7,13 @@ from strategies.disjoint import Disjoint
 from strategies.fed_sb import FedSB
 from strategies.fedex import FedEx
 from strategies.fedit import FedIT
+from strategies.fedproto import FedProto
 from strategies.fedsa import FedSA
 from strategies.fedsvd import FedSVD
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.local import Local
+from strategies.pfedlora import PFedLoRA
 from strategies.rolora import RoLoRA
 from strategies.zero_shot import ZeroShot
 
@@ -22,6 +24,7 @@ __all__ = [
     "FLoRA",
     "FedEx",
     "FedIT",
+    "FedProto",
     "FedSA",
     "FedSB",
     "FedSVD",
@@ -29,6 +32,7 @@ __all__ = [
     "FlexLoRA",
     "Local",
     "Outgoing",
+    "PFedLoRA",
     "Reply",
     "RoLoRA",
     "ZeroShot",

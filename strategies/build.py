@@ -70,6 +70,12 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
             "would mix numbers that belong to different subspaces. Use strategy=disjoint, which sums the clients' "
             "updates, or adapter.subspace=shared."
         )
+    if not model.shared and getattr(strategy_class, "communicates", True):
+        raise InputError(
+            f"Nothing would travel: adapter={model.adapter.label} has nothing in common for clients with other models. "
+            "Give all of them the same one, such as backbone.models=[cnn_5], or use method=pfedlora, fedproto or "
+            "local_full."
+        )
     for selection in model.adapter.config.client_modules or ():
         model.trains(modules=modules_named(selection))
     if model.adapter.config.client_modules is not None and not isinstance(strategy, FederatedStrategy):

@@ -3,7 +3,7 @@
 from fedlora.adapters import lean  # noqa: F401  before whatever imports PEFT
 
 # isort: split
-from fedlora.adapters import any_peft, fed_sb, fedsa, ffa, lora, lora_ga, orthogonal, ravan
+from fedlora.adapters import any_peft, fed_sb, fedsa, ffa, full, lora, lora_ga, orthogonal, pfedlora, prototypes, ravan
 from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, State, build_adapter, register, registered
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig
 
@@ -19,9 +19,12 @@ __all__ = [
     "fed_sb",
     "fedsa",
     "ffa",
+    "full",
     "lora",
     "lora_ga",
     "orthogonal",
+    "pfedlora",
+    "prototypes",
     "ravan",
     "register",
     "registered",

@@ -32,9 +32,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Schema:
-    """What all clients agree on before training: for classification the global list of labels, in id order."""
+    """What all clients agree on before training.
+
+    Attributes:
+        labels: for classification: the global list of labels, in id order.
+        picture: shape (channels, height, width) of pictures, where the models are built for those of the data.
+    """
 
     labels: tuple[str, ...] = ()
+    picture: tuple[int, int, int] | None = None
 
 
 class TaskConfig(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from fedlora.tasks.labels import (
     class_numbers,
     label_names,
 )
-from fedlora.tasks.pictures import pixels
+from fedlora.tasks.pictures import pixels, shape_of
 
 
 class ImageClassificationConfig(ClassificationConfig):
@@ -47,13 +48,23 @@ class ImageClassification(Classification):
     columns = ("image", "label")
     nested = ("image",)
 
+    def schema(self, rows: pd.DataFrame) -> Schema:
+        """The labels; for models that are built for the data also the shape of its first picture."""
+        schema = super().schema(rows)
+        if not self.backbone.any_picture:
+            return schema
+        channels, *size = shape_of(rows["image"].iloc[0], 0)
+        height, width = _sides(cast(ImageClassificationConfig, self.config).image_size or (size[0], size[1]))
+        return replace(schema, picture=(channels, height, width))
+
     def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
         """``pixels [rows, channels, h, w]`` (uint8) in the model's size, and ``target [rows]``.
 
         Raises:
             InputError: a picture cannot be read.
         """
-        channels, size = self._channels, self._size
+        channels, *size = schema.picture or (self._channels, *self._size)
+        size = size[0], size[1]
         values = np.empty((len(rows), channels, *size), dtype=np.uint8)
         for row, picture in enumerate(rows["image"]):
             values[row] = pixels(picture, channels, size, row)
@@ -66,8 +77,8 @@ class ImageClassification(Classification):
         return {"pixel_values": (batch["pixels"].float() / 255 - mean) / deviation, "target": batch["target"]}
 
     def model_overrides(self, schema: Schema) -> dict[str, Any]:
-        """The labels by name, for the exported model."""
-        return label_names(schema)
+        """The labels by name, for the exported model; the shape of pictures where the models are built for them."""
+        return label_names(schema) | ({} if schema.picture is None else {"picture": schema.picture})
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's logits ``[b, classes]`` in fp32.
@@ -109,11 +120,13 @@ class ImageClassification(Classification):
         size = size or self._preprocessor.get("size") or 224
         if isinstance(size, dict):
             size = size.get("shortest_edge") or (size["height"], size["width"])
-        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        return _sides(size)
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel ``[channels, 1, 1]``, of values from 0 to 1."""
+        """Mean and standard deviation of every channel ``[channels or 1, 1, 1]``, of values from 0 to 1."""
+        if self.backbone.any_picture:
+            return torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.5)
         known = {"image_mean": self._timm.get("mean"), "image_std": self._timm.get("std")}
         known = {name: value for name, value in known.items() if value} | self._preprocessor
         if known.get("do_normalize") is False:
@@ -124,3 +137,8 @@ class ImageClassification(Classification):
             fit = values if len(values) in (1, self._channels) else values.mean(keepdims=True)
             chosen.append(torch.tensor(fit, dtype=torch.float32).expand(self._channels)[:, None, None])
         return chosen[0], chosen[1]
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width, from both or from one number."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -27,18 +27,34 @@ def pixels(picture: Any, channels: int, size: tuple[int, int], row: int) -> np.n
     Raises:
         InputError: the picture cannot be read.
     """
+    opened = _read(picture, row, MODES[channels])
+    if opened.size != (size[1], size[0]):
+        opened = opened.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    values = np.asarray(opened, dtype=np.uint8)
+    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+
+
+def shape_of(picture: Any, row: int) -> tuple[int, int, int]:
+    """Channels (1 for grey, 3 for any colour), height and width of a picture; see :func:`pixels`."""
+    opened = _read(picture, row)
+    return (1 if len(opened.getbands()) == 1 and opened.mode != "P" else 3, opened.height, opened.width)
+
+
+def _read(picture: Any, row: int, mode: str | None = None) -> Image.Image:
+    """A picture, converted to ``mode``.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        opened = _opened(picture).convert(MODES[channels])
+        opened = _opened(picture)
+        return opened if mode is None else opened.convert(mode)
     except (OSError, ValueError, TypeError, KeyError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"Row {row + 1}: the picture {_described(picture)} (data.image) cannot be read: {reason}. Rows count from "
             "1. Mend or remove it; pictures are paths, files' bytes, or uint8 arrays [h, w] or [h, w, 3]."
         ) from error
-    if opened.size != (size[1], size[0]):
-        opened = opened.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    values = np.asarray(opened, dtype=np.uint8)
-    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 
 
 def _opened(picture: Any) -> Image.Image:

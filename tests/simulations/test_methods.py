@@ -1,7 +1,8 @@
 """Every registered method keeps the promises of its kind: whatever is in ``conf/method`` is tested.
 
 That it trains, and sends what its plan says, is in :mod:`tests.simulations.test_rounds`; that the engines agree on it,
-in :mod:`tests.simulations.test_cohort`.
+in :mod:`tests.simulations.test_cohort`. Methods that choose their own backbone are in
+:mod:`tests.simulations.test_personal`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedlora.federation import Federation
 from fedlora.grid import parts_of
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
+from simulations.compose import choices_of
 from simulations.plan import list_methods
 from strategies.base import FederatedStrategy, Reply, completed, weights
 from strategies.build import build_strategy
@@ -39,7 +41,7 @@ from tests.fedlora.helpers import (
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 EXAMPLES = (50, 3, 20, 7)
-METHODS = {each["method"]: each for each in list_methods()}
+METHODS = {each["method"]: each for each in list_methods() if "backbone" not in choices_of(each["method"])}
 AGGREGATES = [name for name, each in METHODS.items() if each["exact"] is not None]
 BASELINES = ("central", "local", "zero_shot")
 ROOM = {"disjoint": ["adapter.rank=2"]}  # every client has rows of its own among 32

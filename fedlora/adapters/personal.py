@@ -1,0 +1,104 @@
+"""The seam of adapters beside private models: what clients of any architecture share, and how they train around it.
+
+An ordinary adapter changes the layers of a backbone that all clients have. These have nothing in common but the width
+of their features, so what is shared stands beside their models (:class:`SharedPart`), and a round may have phases in
+which one of the two is trained and the other rests.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, Place, State
+from fedlora.errors import InputError
+
+PREFIX = "adapter."
+"""What the names of shared tensors start with, beside a model."""
+
+
+class PersonalConfig(AdapterConfig):
+    """Settings of an adapter beside private models: no layers are chosen, and the classifier belongs to the model."""
+
+    target_modules: list[str] | str | None = None
+    head: Literal["shared", "private", "frozen"] = "private"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a client's round.
+
+    Attributes:
+        trains: the private model, the shared part, or all that the client has.
+        loss: from the outputs (features ``[b, width]``, own logits ``[b, classes]``) of a batch, a function that gives
+            the task's loss of any logits, and the batch.
+    """
+
+    trains: Literal["private", "shared", "all"]
+    loss: Callable[[Any, Callable[[Tensor], Tensor], Mapping[str, Tensor]], Tensor]
+
+    def keys(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Those of a client's ``keys`` that it trains."""
+        if self.trains == "all":
+            return tuple(keys)
+        return tuple(key for key in keys if key.startswith(PREFIX) == (self.trains == "shared"))
+
+
+class SharedPart(nn.Module):
+    """What all clients share; this one is empty: clients train their models and answer with them."""
+
+    summarises: ClassVar[bool] = False
+    """Whether it is computed from the client's rows after training (:meth:`summary`) instead of being trained."""
+
+    def logits(self, features: Tensor, own: Tensor) -> Tensor:
+        """The answer ``[b, classes]``, from features ``[b, width]`` and the client's own logits ``[b, classes]``."""
+        return own
+
+    def phases(self) -> list[Phase]:
+        """How a client trains in a round, in order; each phase sees the same batches."""
+        return [Phase("all", lambda outputs, loss_of, batch: loss_of(outputs.own))]
+
+    def summary(self, features: Tensor, targets: Tensor) -> State:
+        """What travels, by parameter name, from the features ``[n, width]`` and classes ``[n]`` of a client's rows."""
+        raise NotImplementedError
+
+
+class PersonalAdapter(Adapter):
+    """An adapter beside the private models of ``backbone=heterogeneous``."""
+
+    Config = PersonalConfig
+
+    @abstractmethod
+    def part(self, width: int, classes: int) -> SharedPart:
+        """The shared part for features of ``width``; what it draws comes from the global generator."""
+
+    def peft_config(self) -> PeftConfig:
+        """Asked for by every other backbone.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"adapter={self.config.name} stands beside models that clients have of their own, and changes no layer of "
+            "a common backbone. Use backbone=heterogeneous, or another adapter."
+        )
+
+    def trains(self, key: str, tensor: Tensor) -> bool:
+        """Everything is trained."""
+        return True
+
+    def place(self, key: str, tensor: Tensor) -> Place:
+        """The shared part travels, the models do not."""
+        return "shared" if key.startswith(PREFIX) else "private"
+
+    def check(self, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Any model will do."""
+
+    def affinity(self, layers: Mapping[str, Any]) -> Affinity:
+        """No layer is changed, so nothing is affine in it."""
+        return Affinity(False)

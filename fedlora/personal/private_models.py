@@ -1,0 +1,169 @@
+"""The private models of the clients: built by name or by a user's class, and refused where they do not fit together.
+
+A model of your own is a class (or a function) in a file, ``backbone.models=[cnn_1,./mine.py:Net]``. Called with
+``(picture, classes)``, the shape ``(channels, height, width)`` of a picture and the number of classes, it gives a
+``torch.nn.Module`` with
+
+- ``features(pictures [b, channels, h, w]) -> [b, width]``, of one width for all clients, and
+- ``classifier(features [b, width]) -> [b, classes]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapters.personal import SharedPart
+from fedlora.config import nearest
+from fedlora.errors import InputError
+from fedlora.personal.cnns import CNN, CNNS, Picture
+from fedlora.plugins import is_plugin_path, load_object
+from fedlora.seeding import derive_seed
+
+SETTING = "backbone.models"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a client's model says of a batch.
+
+    Attributes:
+        features: ``[b, width]``.
+        own: logits of its own classifier ``[b, classes]``.
+        logits: its answer ``[b, classes]``: its own, or what the shared part makes of both.
+    """
+
+    features: Tensor
+    own: Tensor
+    logits: Tensor
+
+
+class PrivateModels(nn.Module):
+    """One model of each architecture, of which one runs at a time, and the part that all clients share.
+
+    Attributes:
+        models: by name.
+        current: the name of the one that runs.
+        adapter: the shared part.
+        width: of the features.
+        classes: of the data.
+    """
+
+    def __init__(self, models: dict[str, nn.Module], width: int, classes: int) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        self.current = next(iter(models))
+        self.adapter = SharedPart()
+        self.width, self.classes = width, classes
+
+    def forward(self, pixel_values: Tensor) -> Outputs:
+        """Run the current model on pictures ``[b, channels, h, w]``."""
+        model: Any = self.models[self.current]
+        features = model.features(pixel_values)
+        own = model.classifier(features)
+        return Outputs(features, own, self.adapter.logits(features, own))
+
+
+def names_of(entries: Sequence[str]) -> list[str]:
+    """Short names of the entries of ``backbone.models``, in order: what stands in the names of tensors.
+
+    Raises:
+        InputError: there is no entry, one is not known, or two have the same name.
+    """
+    if not entries:
+        raise InputError(f"{SETTING} is empty: name one model or more, such as {SETTING}=[{','.join(CNNS)}].")
+    names = []
+    for entry in entries:
+        if entry not in CNNS and not is_plugin_path(entry):
+            raise InputError(
+                f"{SETTING} names '{entry}', which is not known.{nearest(entry, CNNS)} Known: {', '.join(CNNS)}; or "
+                "give a class of your own, such as ./mine.py:Net."
+            )
+        names.append(entry.replace(":", ".").rpartition(".")[2])
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(
+            f"{SETTING} has two models called '{min(twice)}'. Rename a class; for an unequal share of clients give "
+            f"shares: '{SETTING}={{{entries[0]}: 0.8, ...}}'."
+        )
+    return names
+
+
+def build_private_models(
+    entries: Sequence[str], picture: Picture, classes: int, width: int | None, seed: int, device: str
+) -> PrivateModels:
+    """Build every model of ``backbone.models``; all clients of one architecture start from the same weights.
+
+    Args:
+        entries: names of known models, or paths of classes.
+        picture: shape of the pictures.
+        classes: how many there are.
+        width: that the features must have; ``None``: those of the first model.
+        seed: of the run; each architecture draws from its own stream.
+        device: ``cpu`` or ``meta``.
+
+    Raises:
+        InputError: a model cannot be built, has features of another width, or cannot be trained here.
+    """
+    models: dict[str, nn.Module] = {}
+    for entry, name in zip(entries, names_of(entries), strict=True):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(derive_seed(seed, "private model", name))
+            model = _built(entry, picture, classes)
+        found = _width(entry, model, picture, classes)
+        width = found if width is None else width
+        if found != width:
+            others = f"backbone.width = {width}" if not models else f"{', '.join(models)} have {width}"
+            raise InputError(
+                f"{SETTING}: the features of '{entry}' have {found} numbers and {others}. What clients share works on "
+                f"features of one width: give '{entry}' a last layer of {width} outputs before its classifier, or "
+                "leave it out."
+            )
+        models[name] = model.float()
+    assert width is not None
+    return PrivateModels(models, width, classes)
+
+
+def _built(entry: str, picture: Picture, classes: int) -> nn.Module:
+    if entry in CNNS:
+        return CNN(CNNS[entry], picture, classes)
+    make = load_object(entry, SETTING)
+    try:
+        model = make(picture, classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{SETTING}: '{entry}' called with (picture={picture}, classes={classes}) fails: {error}"
+        ) from error
+    parts = (getattr(model, name, None) for name in ("features", "classifier"))
+    if not (isinstance(model, nn.Module) and all(map(callable, parts))):
+        raise InputError(
+            f"{SETTING}: '{entry}' must give a torch.nn.Module with features(pictures) -> [b, width] and "
+            f"classifier(features) -> [b, classes]; it gives a {type(model).__name__} without them."
+        )
+    if running := [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]:
+        raise InputError(
+            f"{SETTING}: '{entry}' has running statistics ('{running[0]}'), which are no weights and are not trained "
+            "here. Use layers without them, such as GroupNorm instead of BatchNorm."
+        )
+    return model
+
+
+def _width(entry: str, model: Any, picture: Picture, classes: int) -> int:
+    """The width of a model's features, from two empty pictures; its classifier must give every class a logit."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            features = model.features(torch.zeros(2, *picture, device=device))
+            logits = model.classifier(features)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{SETTING}: '{entry}' does not read pictures of shape {list(picture)}: {reason}") from error
+    if features.ndim != 2 or logits.shape != (2, classes):
+        raise InputError(
+            f"{SETTING}: '{entry}' gives features {list(features.shape)} and logits {list(logits.shape)} for two "
+            f"pictures; needed are [2, width] and [2, {classes}]."
+        )
+    return int(features.shape[1])
