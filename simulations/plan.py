@@ -6,7 +6,7 @@ when no client fails. It reads the data (for the client index and the row length
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
@@ -26,6 +26,8 @@ from fedlora.federation import Federation
 from fedlora.grid import node_of, parts_of
 from fedlora.ledger import TOTALS
 from fedlora.model import AdaptedModel
+from fedlora.personal.model import PersonalModel
+from fedlora.personal.work import flops_per_row
 from fedlora.plugins import load_object
 from fedlora.ranks import crop
 from fedlora.training import steps_for
@@ -53,7 +55,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     strategy = build_strategy(config.strategy, model)
     ours = strategy if isinstance(strategy, FederatedStrategy) else None
     rounds = config.rounds if ours is None or ours.trains else 0
-    trainable = sum(prod(shape) for shape in model.shapes(model.trainable).values())
+    trainable = _trainable(federation, model)
     traffic = _traffic(federation, model, ours, rounds)
     messages = max(traffic["clients"], 1)
     setup = sum(prod(s) for s in model.shapes(model.frozen).values()) if traffic["setup_bytes"] else 0
@@ -190,20 +192,35 @@ def _blank(dtype: str, size: int) -> ArrayRecord:
     return ArrayRecord({wire.PACKED: Array(dtype=array.dtype, shape=shape, stype=array.stype, data=bytes(size))})
 
 
+def _trainable(federation: Federation, model: AdaptedModel) -> int:
+    """Trained parameters of a client, on average where clients have different models."""
+    sizes = {key: prod(shape) for key, shape in model.shapes(model.trainable).items()}
+    kinds = Counter(federation.capability(client).modules for client in federation.clients)
+    held = sum(count * sum(model.held(sizes, modules).values()) for modules, count in kinds.items())
+    return round(held / kinds.total())
+
+
 def _client_flops(federation: Federation, model: AdaptedModel) -> float:
-    """Mean work of a client in a round: 4 FLOPs a token and matrix weight (forward, and backward to inputs only)."""
+    """Mean work of a client in a round.
+
+    4 FLOPs a token and matrix weight of a frozen backbone (forward, and backward to inputs only); counted operation by
+    operation for clients that have models of their own.
+    """
     settings = federation.config.client
     matrices = sum(
         int(layer.weight.numel()) for layer in model.module.modules() if isinstance(layer, nn.Linear | Conv1D)
     )
+    picture = federation.schema.picture
+    own = flops_per_row(model, federation.task, picture) if isinstance(model, PersonalModel) and picture else {}
     train = federation.index.train
-    tokens = 0.0
-    for rows in train.values():
+    work = 0.0
+    for client, rows in train.items():
+        each = own[federation.capability(client).modules[0]] if own else 4.0 * matrices
         whole = settings.batch_size * settings.grad_accumulation
         steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
         visits = steps * min(whole, len(rows)) if settings.local_steps else settings.local_epochs * len(rows)
-        tokens += float(federation.rows.lengths(rows).mean()) * visits
-    return 4.0 * matrices * tokens / len(train)
+        work += each * float(federation.rows.lengths(rows).mean()) * visits
+    return work / len(train)
 
 
 def list_methods() -> list[dict[str, Any]]:
