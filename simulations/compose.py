@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ from fedlora.plugins import is_plugin_path
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OPEN_NODES = ("strategy.", "task.", "adapter.config.", "backbone.settings.")
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def _by_name(name: str, values: Mapping[str, Any]) -> Any:
+    """``${by_name:${method},{fedit: 8, ffa: 16}}``: a setting that an experiment gives each method for itself."""
+    if name not in values:
+        raise InputError(f"the experiment has a value for {', '.join(values)}, and none for {name}. Set one yourself.")
+    return values[name]
+
+
+OmegaConf.register_new_resolver("by_name", _by_name, replace=True)
 
 
 def prepare_overrides(overrides: Iterable[str]) -> list[str]:
@@ -102,7 +112,9 @@ def explain(error: BaseException) -> InputError:
         return InputError(_unknown_key(key.group(1)))
     if isinstance(error, OverrideParseException):
         return InputError(f"The override {error.override!r} cannot be read: {text.splitlines()[0]}")
-    return InputError(f"The configuration does not compose: {text.strip().splitlines()[0]}")
+    where = getattr(error, "full_key", None)
+    reason = text.strip().splitlines()[0].removeprefix("InputError raised while resolving interpolation: ")
+    return InputError(f"The configuration does not compose{f' ({where})' if where else ''}: {reason}")
 
 
 def _unknown_key(key: str) -> str:

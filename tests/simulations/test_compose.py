@@ -42,10 +42,18 @@ def test_the_first_comment_is_a_command_that_composes(path: Path) -> None:
 
 def test_a_method_sets_adapter_strategy_and_learning_rate_and_each_can_be_overridden() -> None:
     fed_sb, fedit = compose_config(["method=fed_sb"]), compose_config(["method=fedit"])
-    assert (fed_sb.adapter["name"], fed_sb.strategy["_target_"]) == ("fed_sb", "strategies.Average")
+    assert (fed_sb.adapter["name"], fed_sb.strategy["_target_"]) == ("fed_sb", "strategies.FedSB")
     assert fed_sb.client.lr != fedit.client.lr
     changed = compose_config(["method=fed_sb", "client.lr=0.5", "adapter=ffa", "strategy.weighting=uniform"])
     assert (changed.client.lr, changed.adapter["name"], changed.strategy["weighting"]) == (0.5, "ffa", "uniform")
+
+
+def test_an_experiment_can_set_a_value_for_each_method() -> None:
+    ranks = {m: compose_config(["experiment=matched_budget", f"method={m}"]).adapter["rank"] for m in ("fedit", "ffa")}
+    assert ranks == {"fedit": 8, "ffa": 16}
+    assert compose_config(["experiment=matched_budget", "method=ffa", "adapter.rank=3"]).adapter["rank"] == 3
+    with pytest.raises(InputError, match=r"\(adapter\.rank\): the experiment has a value for fedit, .* none for flora"):
+        compose_config(["experiment=matched_budget", "method=flora"])
 
 
 def test_alpha_of_fed_sb_follows_its_rank() -> None:
@@ -71,5 +79,5 @@ def test_a_setting_of_another_option_is_not_suggested_to_itself() -> None:
 
 
 def test_every_method_has_a_pair_of_its_own() -> None:
-    assert own_pair("fed_sb") == ("fed_sb", "strategies.Average")
+    assert own_pair("fed_sb") == ("fed_sb", "strategies.FedSB")
     assert own_pair("fedit") == ("lora", "strategies.FedIT")

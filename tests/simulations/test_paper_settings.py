@@ -13,10 +13,11 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
+import yaml
 
 from fedlora.config import Config
 from fedlora.federation import Federation
-from simulations.compose import compose_config
+from simulations.compose import CONF, compose_config
 from simulations.plan import plan_run
 
 MISTRAL = {
@@ -144,6 +145,50 @@ def test_the_plan_has_the_clients_of_the_paper_its_uploads_and_the_basis_sent_on
     assert planned["upload_params"] == planned["download_params"] == planned["trainable_params"] == upload
     assert planned["setup_params"] == setup
     assert planned["setup_bytes"] == 4 * clients * setup
+
+
+BUDGETS = [
+    ("fedit", 32, 64),
+    ("fedex", 32, 64),
+    ("ffa", 64, 128),
+    ("fed_sb", 221, 313),
+    ("ravan", 110, 156),
+]
+
+
+@pytest.mark.parametrize(("method", "low", "high"), BUDGETS)
+def test_the_ranks_of_ravans_tables_have_equal_budgets(
+    method: str, low: int, high: int, compose: Callable[..., Config]
+) -> None:
+    """RAVAN (arXiv 2506.05568), query and value of 768 x 768; its own rank is that of each of 4 heads."""
+    for rank, lora in ((low, 32), (high, 64)):
+        found = shared(compose("fed_sb_snli", f"method={method}", f"adapter.rank={rank}", "adapter.head=frozen"))
+        assert found == pytest.approx(24 * lora * (768 + 768), rel=0.02)
+
+
+def sweep(experiment: str) -> dict[str, dict[str, Any]]:
+    """The plan of every method that an experiment compares."""
+    values = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
+    methods = values["hydra"]["sweeper"]["params"]["method"].split(",")
+    return {method: plan_run(compose_config([f"experiment={experiment}", f"method={method}"])) for method in methods}
+
+
+def test_methods_of_matched_budget_train_as_many_numbers_as_lora_of_rank_8() -> None:
+    plans = sweep("matched_budget")
+    lora = plans["fedit"]["trainable_params"]
+    assert lora == 12 * 8 * (384 + 384) + 384 * 2 + 2
+    for method, planned in plans.items():
+        assert planned["trainable_params"] == pytest.approx(lora, rel=0.01), method
+        assert planned["upload_params"] == pytest.approx(lora, rel=0.01), method
+
+
+def test_methods_of_matched_bytes_send_as_much_as_fedit_of_rank_8_in_the_whole_run() -> None:
+    sizes = {
+        method: planned["payload_up"] + planned["payload_down"] + planned["setup_bytes"]
+        for method, planned in sweep("matched_bytes").items()
+    }
+    for method, size in sizes.items():
+        assert size == pytest.approx(sizes["fedit"], rel=0.03), method
 
 
 def test_other_bases_and_baselines_send_nothing_in_advance(compose: Callable[..., Config]) -> None:

@@ -34,7 +34,7 @@ FACTORS = ("lora_A", "lora_B")
 @pytest.fixture(params=TARGETS)
 def federation(tiny: Compose, request: pytest.FixtureRequest) -> Federation:
     folder = request.getfixturevalue(request.param)
-    return Federation(tiny("method=lora_ga", *of_architecture(request.param, folder), *SCALES["alpha"]))
+    return Federation(tiny("method=lora_ga", *of_architecture(request.param, folder), *SCALES["alpha"], "adapter.gamma=16"))
 
 
 def weights(model: AdaptedModel | nn.Module) -> dict[str, Tensor]:
