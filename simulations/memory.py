@@ -73,7 +73,9 @@ def weight_bytes(federation: Federation, model: AdaptedModel) -> int:
 def step_bytes(federation: Federation, model: AdaptedModel) -> int:
     """Most bytes alive in a local step on the longest training rows: activations, gradients and optimiser moments."""
     settings = federation.config.client
-    trainable = sum(parameter.numel() for parameter in model.parameters())
+    sizes = dict(zip(model.trainable, (parameter.numel() for parameter in model.parameters()), strict=True))
+    kinds = {federation.capability(client).modules for client in federation.clients}
+    trainable = max(sum(model.held(sizes, modules).values()) for modules in kinds)
     rows = np.concatenate(list(federation.index.train.values()))
     clients = clients_in_step(federation, rows)
     state = trainable * (1 + MOMENTS[settings.optimizer])
@@ -95,7 +97,7 @@ def _padded_rows(federation: Federation, model: AdaptedModel, rows: np.ndarray, 
 def clients_in_step(federation: Federation, rows: np.ndarray) -> int:
     """Clients that share a step on average: 1, but on the engine ``cohort``, which ``auto`` means here too."""
     config = federation.config
-    if config.engine.name not in ("auto", "cohort"):
+    if config.engine.name not in ("auto", "cohort") or federation.backbone.client_models is not None:
         return 1
     each = config.client.batch_size * float(federation.rows.lengths(rows).mean())
     cohort = min(config.cohort.size or len(federation.clients), len(federation.clients))
