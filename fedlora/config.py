@@ -182,8 +182,8 @@ class EvalConfig(Settings):
         max_rows: bound of the global validation and test sets; ``None``: no bound.
         max_clients: how many seen clients' own test rows are evaluated; ``None``: all.
         target: a value of the main metric on validation; the summary says when it was reached and at what cost.
-        personalise: also train the global model on the rows of every evaluated client for a round, as that client would,
-            and evaluate it on the client's own test rows; nothing of it is kept or sent.
+        personalise: also train the global model on the rows of every evaluated client for a round, as that client
+            would, and evaluate it on the client's own test rows; nothing of it is kept or sent.
         samples: test rows whose generated answers are shown after the run, before and after training.
     """
 

@@ -58,8 +58,8 @@ def export_merged(
     """
     if isinstance(federation.adapter, PersonalAdapter):
         raise InputError(
-            f"--merged: adapter={federation.adapter.label} trains {federation.backbone.described} whole, and has nothing "
-            "to merge. Leave it out: the adapter folder of the run holds the weights."
+            f"--merged: adapter={federation.adapter.label} trains {federation.backbone.described} whole, and has "
+            "nothing to merge. Leave it out: the adapter folder of the run holds the weights."
         )
     if isinstance(federation.adapter, LowRankAdapter):
         model = _merged_factors(federation, federation.adapter.delta({**frozen, **state}), correction, head)
