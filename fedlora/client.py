@@ -24,6 +24,7 @@ from fedlora.capability import Capability
 from fedlora.cohort import Member, Trained
 from fedlora.config import Config
 from fedlora.errors import FedloraError
+from fedlora.evaluation import loss_gradients
 from fedlora.federation import Federation
 from fedlora.grid import error_reply, parts_of
 from fedlora.model import AdaptedModel
@@ -36,6 +37,8 @@ from fedlora.store import ClientRecord, ClientStore
 from fedlora.trainer import Frozen, Trainer
 from fedlora.training import pack_batches
 
+GRADIENTS = "gradients"
+"""The instruction that asks a client for the summed gradients of its rows at the start of the run, not for training."""
 KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train"}
 
 
@@ -116,9 +119,20 @@ class Worker:
         Raises:
             FedloraError: the message cannot be understood, or training failed.
         """
+        if asks_for_gradients(message):
+            return self._gradients(message)
         job = self.open(message)
         self.trainer.hold(self.frozen(job.references))
         return self.close(job, self.trainer.train([job.member])[0])
+
+    def _gradients(self, message: Message) -> Message:
+        """Reply with ``{module: [m, n]}``, the gradients of the client's training rows at the start, summed."""
+        client = str(message.content.config_records["config"]["client-id"])
+        federation = self.federation
+        self.reset()
+        rows, size = federation.index.train[client], federation.config.client.batch_size
+        gradients = loss_gradients(self.model, federation.task, federation.rows, rows, size)
+        return Message(RecordDict({"setup": wire.pack(gradients)}), reply_to=message)
 
     def open(self, message: Message) -> Job:
         """Read a message and what its client keeps, and make the client ready to train.
@@ -286,7 +300,7 @@ class Worker:
         digest = hashlib.blake2b(f"{before}|{header}|{_key('correction', record)}".encode(), digest_size=12).hexdigest()
         key = f"{until}-{digest}"
         if not self.store.has_shared(key):
-            shapes = {name: (int(x.out_features), int(x.in_features)) for name, x in self.model.layers.items()}  # pyright: ignore
+            shapes = self.model.weight_shapes
             tensors = wire.unpack(record, correction.layout_of(header, shapes))
             held = self.store.get_shared(before) if "correction" in references else {}
             self.store.put_shared(key, correction.apply_update(held, header, tensors))
@@ -305,6 +319,11 @@ class Worker:
 
 def _key(kind: str, record: ArrayRecord) -> str:
     return f"{kind}-{hashlib.blake2b(record[wire.PACKED].data, digest_size=12).hexdigest()}"
+
+
+def asks_for_gradients(message: Message) -> bool:
+    """Whether a client is asked for gradients instead of training."""
+    return bool(message.content.config_records["config"].get(GRADIENTS, False))
 
 
 def client_app(worker: Callable[[], Worker]) -> ClientApp:

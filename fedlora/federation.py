@@ -116,6 +116,12 @@ class Federation:
                 f"cohort.size = {size}, but there are only {len(self.clients)} training clients. "
                 f"Use cohort.size <= {len(self.clients)}, or cohort.size=null for all of them."
             )
+        if self.adapter.needs_client_gradients and config.privacy.name != "none":
+            raise InputError(
+                f"adapter={self.adapter.label} sends gradients of the clients' rows as they are, and "
+                f"privacy={config.privacy.name} does not cover them. Use adapter.basis=seeded, adapter.basis=weight, "
+                "or adapter.basis=gradient, which looks at public rows only."
+            )
         if self.adapter.needs_public_sample and len(self.index.public) == 0:
             raise InputError(
                 f"adapter={self.adapter.label} starts from gradients of rows that the server may look at: set "
@@ -189,8 +195,7 @@ class Federation:
     def public_gradients(self, model: AdaptedModel) -> State:
         """Summed loss gradients ``{module: [m, n]}`` of the public sample at ``model``; shapes alone on meta."""
         if model.device.type == "meta":
-            sizes = {name: (int(x.out_features), int(x.in_features)) for name, x in model.layers.items()}  # pyright: ignore
-            return {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+            return {name: torch.empty(size, device="meta") for name, size in model.weight_shapes.items()}
         return loss_gradients(model, self.task, self.rows, self.index.public, self.config.eval.batch_size)
 
     def bounded(self, rows: np.ndarray, purpose: str) -> np.ndarray:

@@ -231,6 +231,11 @@ class AdaptedModel:
         finally:
             self.load(own)
 
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        """``{module: (m, n)}`` of the adapted weights, outputs first."""
+        return {name: (int(x.out_features), int(x.in_features)) for name, x in self.layers.items()}  # pyright: ignore
+
     def shapes(self, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of ``keys``; works on the meta device."""
         return {key: tuple(self._tensors[key].shape) for key in keys}

@@ -105,12 +105,17 @@ def clients_in_step(federation: Federation, rows: np.ndarray) -> int:
 
 
 def basis_bytes(federation: Federation, model: AdaptedModel) -> int:
-    """Most bytes alive while the server takes gradients of its public sample; 0 where it takes none."""
-    if not federation.adapter.needs_public_sample:
+    """Most bytes alive while gradients of the adapted weights are taken and summed; 0 where an adapter needs none."""
+    index, settings, asked = federation.index, federation.config, 0
+    if federation.adapter.needs_public_sample:
+        rows, size = index.public, settings.eval.batch_size
+    elif federation.adapter.needs_client_gradients:
+        rows, size = np.concatenate(list(index.train.values())), settings.client.batch_size
+        asked = min(settings.cohort.size or len(federation.clients), len(federation.clients))
+    else:
         return 0
     adapted = sum(int(layer.get_base_layer().weight.numel()) for layer in model.layers.values())  # pyright: ignore
-    size = federation.config.eval.batch_size
-    return 4 * adapted + _backward_bytes(federation, model, federation.index.public, size)
+    return 4 * adapted * (1 + asked) + _backward_bytes(federation, model, rows, size)
 
 
 def _backward_bytes(federation: Federation, model: AdaptedModel, rows: np.ndarray, size: int) -> int:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora import wire
 from fedlora.adapters import State, registered
+from fedlora.client import GRADIENTS
 from fedlora.config import Config
 from fedlora.federation import Federation
 from fedlora.grid import node_of, parts_of
@@ -101,6 +102,14 @@ def _traffic(
     if ours is not None:
         frozen = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.frozen).items()}
         ours.begin_run(Server(frozen, lambda state: federation.public_gradients(model)))
+    if counted and rounds and federation.adapter.needs_client_gradients:
+        size = sum(prod(shape) for shape in model.weight_shapes.values()) * FP32
+        for client in cohort(config, federation.clients, 1):
+            total["setup_bytes"] += size
+            total["message_down"] += _message_down(
+                node_of(client), client, 0, "fp32", 0, 0, 0, None, ((GRADIENTS, True),)
+            )
+            total["message_up"] += _reply(node_of(client), RecordDict({"setup": _blank("fp32", size)}))
     for server_round in range(1, rounds + 1):
         chosen = cohort(config, federation.clients, server_round)
         examples = [len(federation.index.train[client]) for client in chosen]
@@ -171,13 +180,16 @@ def _message_down(
 
 @lru_cache(maxsize=4096)
 def _message_up(node: int, examples: int, dtype: str, arrays: int) -> int:
+    """Length of the reply of a client that trained."""
+    metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5})
+    return _reply(node, RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}))
+
+
+def _reply(node: int, content: RecordDict) -> int:
     """Length of a reply."""
     request = _request(RecordDict({"config": ConfigRecord()}), node)
     request.metadata.__dict__["_message_id"] = "0" * 64
-    metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5})
-    return wire.message_bytes(
-        Message(RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}), reply_to=request)
-    )
+    return wire.message_bytes(Message(content, reply_to=request))
 
 
 def _request(content: RecordDict, node: int) -> Message:

@@ -23,6 +23,7 @@ from fedlora.ledger import Ledger
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from simulations import checkpoint
 from simulations.callbacks import Callback
+from simulations.client_gradients import GradientGrid, ask, summed
 from simulations.evaluator import Evaluation, Evaluator
 from simulations.probes import probes
 from simulations.run_folder import RunFolder
@@ -69,18 +70,20 @@ class FederatedRun:
         self._delivered = set(delivered)
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
-        if self.ours is not None:
-            self.ours.begin_run(Server(self.frozen, self._public_gradients))
         self.last: Evaluation | None = None
         self._engine_changes: dict[str, Any] = {}
         self._probes: dict[str, Tensor] = {}
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
-        grid = MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
-        self._setup = SetupGrid(grid, self.frozen if self.sends_frozen else {}, self._delivered)
+        if self.ours is not None:
+            self.ours.begin_run(Server(self.frozen, self._public_gradients))
+        self._setup = SetupGrid(self._metered(engine), self.frozen if self.sends_frozen else {}, self._delivered)
         self._delivered = self._setup.delivered
         return CodecGrid(self._setup, self.worker.layout, self.worker.answer_layout, self.config.wire.dtype)
+
+    def _metered(self, engine: ClientGrid) -> ClientGrid:
+        return MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
 
     def run(self, engine: ClientGrid) -> None:
         """Run all rounds that are left.
@@ -88,13 +91,28 @@ class FederatedRun:
         Raises:
             FedloraError: no client of a round returned a usable reply.
         """
-        grid = self.connect(engine)
         self._tell(lambda c: c.on_start(self.config.method, self.rounds, max(self.completed, 0)))
+        asked, failures = self._start_from_clients(engine) if self.completed < 0 else ((), {})
+        grid = self.connect(engine)
         if self.completed < 0:
-            self._complete(0, (), None, {}, None)
+            self._complete(0, asked, None, failures, None)
         for server_round in range(self.completed + 1, self.rounds + 1):
             self._round(server_round, grid)
         self._write_engine_changes()
+
+    def _start_from_clients(self, engine: ClientGrid) -> tuple[Sequence[str], dict[str, str]]:
+        """Where the adapter starts from gradients of clients: who was asked for them, and who failed."""
+        if not (self.federation.adapter.needs_client_gradients and self.rounds):
+            return (), {}
+        chosen, model = cohort(self.config, self.federation.clients, 1), self.worker.model
+        grid = GradientGrid(self._metered(engine), model.weight_shapes)
+        with self._clock("train"):
+            replies = ask(grid, chosen)
+        failures = self._failures(0, chosen, replies, grid)
+        model.initialise(self.config.seed, summed(replies))
+        self.state = model.read(model.shared)
+        self.frozen = self.evaluator.frozen = model.read(model.frozen)
+        return chosen, failures
 
     def change_engine(self, **values: Any) -> None:
         """Note what of the engine had to change; written down with the next checkpoint, so that both fit together."""

@@ -45,6 +45,11 @@ class FedSB(CorrectedStrategy):
                 f"strategy=fed_sb averages the square R between two frozen factors, and "
                 f"adapter={model.adapter.label} has none. Use adapter=fed_sb, or strategy=average."
             )
+        if self.refresh is not None and model.adapter.needs_client_gradients:
+            raise InputError(
+                "strategy.refresh makes a new basis on the server, which has no gradients of clients after the start. "
+                "Use adapter.basis=gradient, weight or seeded, or strategy.refresh=null."
+            )
         self._model = model
 
     def begin_run(self, server: Server) -> None:

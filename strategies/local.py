@@ -22,10 +22,11 @@ class Local(FederatedStrategy):
 
     def prepare(self, model: AdaptedModel) -> None:
         """Refuse what only a server can start."""
-        if model.adapter.needs_public_sample:
+        if model.adapter.needs_public_sample or model.adapter.needs_client_gradients:
             raise InputError(
-                f"strategy=local: a client alone has no server whose public sample adapter={model.adapter.label} could "
-                "start from. Use adapter=lora, or adapter.basis=weight or adapter.basis=seeded with adapter=fed_sb."
+                "strategy=local: a client alone has no server that could make the start of "
+                f"adapter={model.adapter.label}. Use adapter=lora, or adapter=fed_sb with adapter.basis=weight or "
+                "adapter.basis=seeded."
             )
 
     def send(self, client: str, server_round: int, state: State) -> Outgoing:

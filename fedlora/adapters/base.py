@@ -99,6 +99,11 @@ class Adapter(ABC):
         """Whether :meth:`initialise` on the server needs gradients of a server-held public sample."""
         return False
 
+    @property
+    def needs_client_gradients(self) -> bool:
+        """Whether :meth:`initialise` on the server needs the summed gradients of the clients of the first cohort."""
+        return False
+
     @abstractmethod
     def peft_config(self) -> PeftConfig:
         """A new PEFT configuration that injects this adapter's layers."""
@@ -131,7 +136,7 @@ class Adapter(ABC):
         Args:
             layers: injected layers by module name.
             seed: the run's seed; each layer draws from its own stream.
-            gradients: ``{module: [m, n]}`` summed loss gradients of the public sample, when asked for.
+            gradients: ``{module: [m, n]}`` summed loss gradients of the public sample or of clients, when asked for.
         """
 
     def own_tensors(self, layers: Mapping[str, Any], seed: int, position: int) -> State:

@@ -6,6 +6,7 @@ their linear algebra does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ def gradient_basis(gradient: Tensor, rank: int, step: float) -> Basis:
     Then left @ diag(core) @ right is the best rank-r approximation of dW1.
     """
     left, values, right = _signed_svd(-step * torch.sign(gradient.double()), rank)
-    return Basis(left.to(gradient), values.to(gradient), right.to(gradient))
+    return Basis(*_exact([left, values, right], gradient))
 
 
 def gradient_factors(gradient: Tensor, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
@@ -39,13 +40,15 @@ def gradient_factors(gradient: Tensor, rank: int, gamma: float) -> tuple[Tensor,
     """
     left, _, right = _signed_svd(gradient.double(), 2 * rank)
     size = gradient.shape[0] ** 0.25 / gamma**0.5
-    return (left[:, rank:] * size).to(gradient), (right[:rank] * size).to(gradient)
+    left, right = _exact([left[:, rank:] * size, right[:rank] * size], gradient)
+    return left, right
 
 
 def weight_basis(weight: Tensor, rank: int) -> Basis:
     """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): left = U_r S_r, right = V_r^T of W ``[m, n]``; R starts at 0."""
     left, values, right = _signed_svd(weight.double(), rank)
-    return Basis((left * values).to(weight), torch.zeros(rank), right.to(weight))
+    left, right = _exact([left * values, right], weight)
+    return Basis(left, torch.zeros(rank), right)
 
 
 def seeded_basis(m: int, n: int, rank: int, seed: int, module: str) -> Basis:
@@ -77,6 +80,11 @@ def complementary_rows(weight: Tensor, rank: int, avoid: int, seed: int, module:
     drawn = torch.randn(rank, weight.shape[1], generator=torch_generator(seed, "rows", module, 0), dtype=torch.float64)
     drawn = drawn.to(leading)
     return _orthonormal((drawn - drawn @ leading.T @ leading).T).T.float()
+
+
+def _exact(factors: Sequence[Tensor], source: Tensor) -> list[Tensor]:
+    """``factors`` in the type of ``source``, but not in less than fp32, in which they would not be orthonormal."""
+    return [factor.to(torch.promote_types(source.dtype, torch.float32)) for factor in factors]
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

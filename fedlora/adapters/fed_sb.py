@@ -1,6 +1,6 @@
 """Fed-SB (Singhal et al. 2025, arXiv 2502.15436): dW = s B R A with only the small square R trained and shared.
 
-The frozen basis (B, A) comes from one of three sources, recorded in every table as ``fed_sb[<basis>]``; see
+The frozen basis (B, A) comes from one of four sources, recorded in every table as ``fed_sb[<basis>]``; see
 :mod:`fedlora.adapters.bases`. dW is linear in R, so averaging R is exact.
 """
 
@@ -43,18 +43,19 @@ class FedSBConfig(LowRankConfig):
     """Fed-SB's settings.
 
     Attributes:
-        basis: ``gradient`` (LoRA-SB, from the server's public sample; sent once), ``weight`` (LoRA-XS, SVD of the
+        basis: ``gradient`` (LoRA-SB, from the server's public sample; sent once), ``client_gradient`` (the same
+            from the sum of gradients that the clients of the first cohort send once), ``weight`` (LoRA-XS, SVD of the
             backbone) or ``seeded`` (orthonormal); the last two cost no bytes.
         basis_step: size of the first update dW1 = -basis_step * sign(gradient) that the gradient basis factors.
     """
 
-    basis: Literal["gradient", "weight", "seeded"]
+    basis: Literal["gradient", "client_gradient", "weight", "seeded"]
     basis_step: Annotated[float, Field(gt=0)]
 
 
 @register("fed_sb")
 class FedSB(LowRankAdapter):
-    """Only R is trained. With the gradient basis the run starts at the best rank-r part of the first update."""
+    """Only R is trained. With a gradient basis the run starts at the best rank-r part of the first update."""
 
     Config = FedSBConfig
     affine = True
@@ -74,12 +75,17 @@ class FedSB(LowRankAdapter):
     @property
     def broadcast_frozen(self) -> bool:
         """A gradient basis cannot be derived from the seed, so every client receives it once."""
-        return self.settings.basis == "gradient"
+        return self.settings.basis in ("gradient", "client_gradient")
 
     @property
     def needs_public_sample(self) -> bool:
         """Only the gradient basis does."""
         return self.settings.basis == "gradient"
+
+    @property
+    def needs_client_gradients(self) -> bool:
+        """Only the basis of that name does."""
+        return self.settings.basis == "client_gradient"
 
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA with our layer in place of its own."""
@@ -94,7 +100,7 @@ class FedSB(LowRankAdapter):
         """
         for name, layer in layers.items():
             b, r, a = (factor_weight(layer, factor) for factor in self.factors)
-            waits = self.settings.basis == "gradient" and gradients is None
+            waits = self.broadcast_frozen and gradients is None
             basis = None if a.is_meta or waits else self._basis(name, layer, seed, gradients, {})
             with torch.no_grad():
                 b.copy_(basis.left) if basis else b.zero_()
@@ -129,7 +135,9 @@ class FedSB(LowRankAdapter):
             return bases.seeded_basis(b.shape[0], a.shape[1], rank, seed, name)
         if self.settings.basis == "weight":
             weight = oriented_weight(layer)
-            return bases.weight_basis(weight + correction[name].to(weight) if name in correction else weight, rank)
+            return bases.weight_basis(
+                weight + correction[name].to(weight.device) if name in correction else weight, rank
+            )
         assert gradients is not None
         return bases.gradient_basis(gradients[name], rank, self.settings.basis_step)
 

@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.client import Job, Worker
+from fedlora.client import Job, Worker, asks_for_gradients
 from fedlora.cohort import Trained, member_steps
 from fedlora.errors import FedloraError
 from fedlora.grid import ClientGrid, error_reply
@@ -52,7 +52,10 @@ class CohortGrid(ClientGrid):
         jobs: list[Job] = []
         for request in requests:
             try:
-                jobs.append(self.worker.open(request))
+                if asks_for_gradients(request):
+                    replies[request.metadata.message_id] = self._answered(self.worker.handle(request))
+                else:
+                    jobs.append(self.worker.open(request))
             except FedloraError as error:
                 replies[request.metadata.message_id] = self._answered(error_reply(request, str(error)))
         cohorts, halved = self.cohorts(jobs), self.executor.halved

@@ -84,6 +84,10 @@ def test_cohort_equals_loop_with_every_knob(tiny: Compose, tmp_path: Path, knobs
     assert_engines_agree(tiny, tmp_path, "method=ffa", *knobs)
 
 
+def test_cohort_equals_loop_from_gradients_of_clients(tiny: Compose, tmp_path: Path) -> None:
+    assert_engines_agree(tiny, tmp_path, "method=fed_sb", "adapter.basis=client_gradient", "cohort.size=6")
+
+
 @pytest.mark.parametrize("basis", ["gradient", "seeded"])
 def test_cohort_equals_loop_with_a_new_basis(tiny: Compose, tmp_path: Path, basis: str) -> None:
     more = [f"adapter.basis={basis}", "strategy.refresh=2", "rounds=4", "cohort.size=6"]

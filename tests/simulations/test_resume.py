@@ -30,6 +30,7 @@ CASES = {
     "FedAdam": ["strategy._target_=flwr.serverapp.strategy.FedAdam"],
     "flora": ["method=flora", "adapter.client_ranks=[4,2,1]", "adapter.head=private"],
     "flexlora": ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
+    "fed_sb, gradients of clients": ["method=fed_sb", "adapter.basis=client_gradient"],
     "fed_sb, a new basis": ["method=fed_sb", "strategy.refresh=2"],
     "fedsvd": ["method=fedsvd", "strategy.refresh=2"],
     "fedsa": ["method=fedsa", "engine=cohort"],

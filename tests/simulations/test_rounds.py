@@ -82,6 +82,7 @@ def test_federated_methods_learn_what_one_word_says(tiny: Compose, tmp_path: Pat
         ["method=flora", "adapter.client_ranks=[4,2,1]", "cohort.size=2", "rounds=6"],
         ["method=flora", "adapter.head=private", "wire.dtype=bf16"],
         ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
+        ["method=fed_sb", "adapter.basis=client_gradient", "wire.dtype=bf16"],
         ["method=fed_sb", "strategy.refresh=2", "cohort.size=2", "rounds=5"],
         ["method=fed_sb", "adapter.basis=weight", "strategy.refresh=1", "wire.dtype=bf16"],
         ["method=fed_sb", "adapter.basis=seeded", "strategy.refresh=2", "cohort.size=null", "rounds=4"],

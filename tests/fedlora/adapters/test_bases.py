@@ -102,6 +102,7 @@ def test_the_sign_of_each_singular_pair_is_fixed(make):
 
 @pytest.mark.parametrize("make", [lambda w: weight_basis(w, 2), lambda w: gradient_basis(w, 2, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_basis_has_the_type_of_its_weight(make, dtype):
+def test_a_basis_is_orthonormal_whatever_the_type_of_its_weight(make, dtype):
     basis = make(matrix((5, 4), 0).to(dtype))
-    assert basis.left.dtype == basis.right.dtype == dtype
+    assert basis.left.dtype == basis.right.dtype == torch.float32
+    assert_orthonormal(basis.right)
