@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlora.adapters import State
@@ -193,6 +194,25 @@ def test_a_run_is_exact_in_every_round_and_counts_every_new_basis(tiny: Compose,
     assert [r["setup_bytes"] for r in records] == [whole if basis == "gradient" else 0, 0, whole, 0, whole]
     downs = [record["payload_down"] - record["payload_up"] for record in records]
     assert downs == [0, 0, whole, 0, whole]  # the residuals are as large as the basis
+
+
+def test_a_run_takes_the_gradients_of_the_new_basis_at_its_present_model(tiny: Compose, tmp_path: Path) -> None:
+    config = tiny("method=fed_sb", "strategy.refresh=1", "rounds=1", "client.lr=0.3", "adapter.basis_step=0.1")
+    start(config, tmp_path / "run")
+    folder = tmp_path / "run" / "adapter"
+    saved, correction = (
+        load_file(folder / "fedlora_state.safetensors"),
+        load_file(folder / "base_correction.safetensors"),
+    )
+    head = load_file(folder / "adapter_model.safetensors")
+    federation = Federation(config)
+    model = federation.build_model()
+    model.load({key: head[f"base_model.model.{key}"] for key in model.head})
+    model.set_base_correction(correction)
+    for name, gradient in federation.public_gradients(model).items():
+        expected = gradient_basis(gradient, 4, 0.1)
+        torch.testing.assert_close(saved[f"{name}.lora_A.weight"], expected.right, rtol=0, atol=1e-5)
+        torch.testing.assert_close(saved[f"{name}.lora_B.weight"], expected.left, rtol=0, atol=1e-5)
 
 
 def test_a_refresh_needs_a_positive_number_and_an_r(tiny: Compose) -> None:
