@@ -76,7 +76,7 @@ class Backbone:
         return cls(config, config.path or str(packaged()))
 
     @property
-    def client_models(self) -> list[str] | dict[str, float] | None:
+    def client_models(self) -> list[str] | None:
         """The models that clients have of their own; ``None`` where all have this one."""
         return None
 

@@ -38,8 +38,7 @@ class BackboneConfig(Settings):
         quantization: how the frozen weights are held; adapters stay fp32.
         attention: attention implementation of transformers (``eager``, ``sdpa``, ...); ``None``: its own choice.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time, the same numbers.
-        models: for ``heterogeneous``: the clients' models, in turn, or with the share of clients that have each; see
-            :mod:`fedlora.personal.private_models`.
+        models: for ``heterogeneous``: the clients' models, in turn; see :mod:`fedlora.personal.private_models`.
         width: for ``heterogeneous``: of the models' features; ``None``: that of the first model.
     """
 
@@ -51,7 +50,7 @@ class BackboneConfig(Settings):
     quantization: Literal["none", "int8", "nf4"] = "none"
     attention: str | None = None
     gradient_checkpointing: bool = False
-    models: list[str] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    models: list[str] = Field(default_factory=list)
     width: Count | None = None
 
 

@@ -176,3 +176,28 @@ def _adapter_size(overrides: tuple[str, ...]) -> list[str]:
     if "method=disjoint" in overrides:  # as many rows as clients have
         return [] if sized else ["adapter.rank=2"]
     return [] if sized else ["adapter.rank=4"]
+
+
+@pytest.fixture(scope="session")
+def networks() -> Path:
+    """A user's file with two private models that fit together (``Narrow``, ``Wide``: 24 features), and others."""
+    return Path(__file__).parent / "plugins" / "networks.py"
+
+
+@pytest.fixture(scope="session")
+def digits(networks: Path) -> Callable[..., Config]:
+    """Composes a run of ten clients with two digits each, whose models are ``Narrow`` and ``Wide`` in turn."""
+    usual = [
+        "data=digits", "data.limit=600", "data.split.unseen_clients=0", "data.split.public_rows=0",
+        "partition=pathological", "partition.clients=10", "partition.classes_per_client=2", "cohort.size=4", "rounds=3",
+        "client.batch_size=8", "eval.every=3", "engine.threads=1",
+    ]  # fmt: skip
+
+    def compose(method: str, *overrides: str) -> Config:
+        models = f"backbone.models=[{networks}:Narrow,{networks}:Wide]"
+        own = [models] if not any(o.startswith("backbone.models=") for o in overrides) else []
+        low_rank = method == "pfedlora" and not any(o.startswith("adapter=") for o in overrides)
+        rank = ["adapter.rank=4"] if low_rank else []
+        return compose_config([f"method={method}", *usual, *own, *rank, *overrides])
+
+    return compose

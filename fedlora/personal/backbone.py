@@ -17,7 +17,7 @@ from fedlora.personal.private_models import PrivateModels, build_private_models,
 
 @dataclass(frozen=True)
 class HeterogeneousBackbone(Backbone):
-    """The models that clients have: in turn in the order of their sorted ids, or drawn by shares."""
+    """The models that clients have, in turn in the order of their sorted ids: client i has model i mod their number."""
 
     @classmethod
     def from_config(cls, config: BackboneConfig) -> HeterogeneousBackbone:
@@ -26,15 +26,13 @@ class HeterogeneousBackbone(Backbone):
         Raises:
             InputError: there is none, or one is not known.
         """
-        names_of(list(config.models or ()))
+        names_of(config.models)
         return cls(config, None)
 
     @property
-    def client_models(self) -> list[str] | dict[str, float]:
-        """Names of the models, to be taken in turn, or with the share of clients that draw each."""
-        models = self.settings.models or []
-        names = names_of(list(models))
-        return dict(zip(names, models.values(), strict=True)) if isinstance(models, dict) else names
+    def client_models(self) -> list[str]:
+        """Names of the models, to be taken in turn."""
+        return names_of(self.settings.models)
 
     @property
     def any_picture(self) -> bool:
@@ -44,7 +42,7 @@ class HeterogeneousBackbone(Backbone):
     @property
     def described(self) -> str:
         """How messages call it."""
-        return f"backbone.models = {list(self.settings.models or ())}"
+        return f"backbone.models = {self.settings.models}"
 
     @property
     def has_tokenizer(self) -> bool:
@@ -92,6 +90,5 @@ class HeterogeneousBackbone(Backbone):
                 "backbone=heterogeneous has models of pictures: choose task=image_classification and data with "
                 "pictures, such as data=mnist."
             )
-        settings = self.settings
-        models = list(settings.models or ())
-        return build_private_models(models, picture, int(overrides["num_labels"]), settings.width, seed, device)
+        models, width = self.settings.models, self.settings.width
+        return build_private_models(models, picture, int(overrides["num_labels"]), width, seed, device)

@@ -34,12 +34,17 @@ class Outputs:
     Attributes:
         features: ``[b, width]``.
         own: logits of its own classifier ``[b, classes]``.
-        logits: its answer ``[b, classes]``: its own, or what the shared part makes of both.
+        part: what clients share.
     """
 
     features: Tensor
     own: Tensor
-    logits: Tensor
+    part: SharedPart
+
+    @property
+    def logits(self) -> Tensor:
+        """Its answer ``[b, classes]``: its own, or what the shared part makes of both."""
+        return self.part.logits(self.features, self.own)
 
 
 class PrivateModels(nn.Module):
@@ -64,8 +69,7 @@ class PrivateModels(nn.Module):
         """Run the current model on pictures ``[b, channels, h, w]``."""
         model: Any = self.models[self.current]
         features = model.features(pixel_values)
-        own = model.classifier(features)
-        return Outputs(features, own, self.adapter.logits(features, own))
+        return Outputs(features, model.classifier(features), self.adapter)
 
 
 def names_of(entries: Sequence[str]) -> list[str]:
@@ -85,10 +89,7 @@ def names_of(entries: Sequence[str]) -> list[str]:
             )
         names.append(entry.replace(":", ".").rpartition(".")[2])
     if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(
-            f"{SETTING} has two models called '{min(twice)}'. Rename a class; for an unequal share of clients give "
-            f"shares: '{SETTING}={{{entries[0]}: 0.8, ...}}'."
-        )
+        raise InputError(f"{SETTING} has two models called '{min(twice)}'. Leave one out, or rename its class.")
     return names
 
 
