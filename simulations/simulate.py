@@ -52,7 +52,7 @@ def _check(worker: Worker, strategy: Strategy) -> None:
     if getattr(strategy, "restarts", False) and federation.config.client.keep_optimizer:
         raise InputError(
             f"client.keep_optimizer=true has no effect with {type(strategy).__name__}, whose clients start from new "
-            "factors in every round. Set it to false."
+            "factors in every round or every few. Set it to false."
         )
     rows = federation.rows
     if federation.task.config.metric is not None:

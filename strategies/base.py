@@ -83,7 +83,7 @@ class FederatedStrategy(Strategy):
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
         sums: whether the aggregate's dW is the sum of the clients' dW, not their mean.
         own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint``).
-        restarts: whether clients start from new factors in every round, so that kept moments mean nothing.
+        restarts: whether clients start from new factors in every round or every few, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
         trains: whether there are rounds at all.
         evaluation: which model is evaluated: the one ``global`` model, each client's ``personal`` one, or the answer
