@@ -125,11 +125,23 @@ def test_a_killed_run_resumes_to_the_same_bits(
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("engine", [["engine=cohort"], pytest.param(["engine=flower"], marks=pytest.mark.slow)])
-def test_engines_give_the_same_numbers(composed: Compose, tmp_path: Path, engine: list[str]) -> None:
-    start(composed("pfedlora", "engine=loop"), tmp_path / "loop")
-    start(composed("pfedlora", *engine), tmp_path / "other")
-    assert without_time(tmp_path / "loop") == without_time(tmp_path / "other")
+def test_the_cohort_engine_gives_the_numbers_of_the_loop(composed: Compose, tmp_path: Path) -> None:
+    for engine in ("loop", "cohort"):
+        start(composed("pfedlora", f"engine={engine}"), tmp_path / engine)
+    assert without_time(tmp_path / "loop") == without_time(tmp_path / "cohort")
+
+
+def test_a_transformer_and_a_perceptron_learn_together(composed: Compose, tmp_path: Path, networks: Path) -> None:
+    models = f"backbone.models=[{networks}:Narrow,{networks.parent}/pooled_vit.py:PooledViT]"
+    config = composed("pfedlora", models, "cohort.size=null", "rounds=2", "client.local_epochs=2")
+    start(config, tmp_path / "run")
+    first, *_, last = rounds_of(tmp_path / "run")
+    assert last["metrics"]["validation_loss"] < first["metrics"]["validation_loss"]
+    worker = Worker(Federation(config), ClientStore(tmp_path / "run" / "clients"))
+    for client in worker.federation.clients[:2]:
+        state, _ = worker.personal(client, 3)
+        start_of = worker.start_of(client)
+        assert all(not torch.equal(state[key], start_of[key]) for key in state if key in worker.model.private)
 
 
 def test_a_model_that_cannot_work_leaves_no_folder(composed: Compose, tmp_path: Path, networks: Path) -> None:

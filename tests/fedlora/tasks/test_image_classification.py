@@ -13,8 +13,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
 
+from fedlora.backbone import Backbone
+from fedlora.config import BackboneConfig
 from fedlora.errors import InputError
-from fedlora.tasks import Schema, Task
+from fedlora.tasks import Schema, Task, build_task
+from fedlora.tasks.pictures import shape_of
 from tests.fedlora.tasks.helpers import model_of, task_on, task_on_random
 
 VIT = {
@@ -100,6 +103,31 @@ def test_a_size_that_the_model_does_not_read_is_refused():
 def test_an_unreadable_picture_is_refused_with_its_row(bad: object):
     with pytest.raises(InputError, match=r"Row 2: the picture .*\(data\.image\) cannot be read"):
         encoded(task(), COLOUR, bad)
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "shape"),
+    [(COLOUR, None, (3, 8, 8)), (GREY, None, (1, 8, 8)), (COLOUR[:5], None, (3, 5, 8)), (GREY, [6, 4], (1, 6, 4))],
+)
+def test_private_models_get_the_pictures_of_the_data(first: np.ndarray, size: object, shape: tuple):
+    backbone = Backbone.from_config(BackboneConfig(name="heterogeneous", models=["cnn_5"]))
+    work = build_task({"name": "image_classification", "image_size": size}, backbone)
+    rows = frame(first, COLOUR)
+    schema = work.schema(rows)
+    assert schema == Schema(("cat", "dog"), shape)
+    assert work.model_overrides(schema)["picture"] == shape
+    pixels = work.encode(rows, schema, 48)
+    assert pixels.fixed["pixels"].shape == (2, *shape)
+    values = work.collate(pixels, [0, 1])["pixel_values"]
+    assert values.shape == (2, *shape)
+    torch.testing.assert_close(values, torch.from_numpy(pixels.fixed["pixels"]) / 127.5 - 1, atol=1e-6, rtol=0)
+
+
+def test_a_palette_is_colour():
+    picture = Image.fromarray(COLOUR).convert("P")
+    assert shape_of(picture, 0) == (3, 8, 8)
+    with pytest.raises(InputError, match=r"Row 4: the picture 'none\.png'"):
+        shape_of("none.png", 3)
 
 
 def test_an_unreadable_file_is_refused_with_its_path(tmp_path: Path):
