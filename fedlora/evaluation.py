@@ -140,18 +140,9 @@ def loss_gradients(
 
     Each batch's mean loss is weighted by what it is a mean over (:meth:`Task.weight`), so the result does not depend on
     ``batch_size``.
-
-    Raises:
-        InputError: the weights are quantised and have no gradient.
     """
     bases = {name: layer.get_base_layer() for name, layer in model.layers.items()}
     weights: dict[str, Tensor] = {name: base.weight for name, base in bases.items()}  # pyright: ignore
-    if not all(weight.is_floating_point() for weight in weights.values()):
-        raise InputError(
-            "adapter.basis=gradient and adapter=lora_ga need the gradient of the backbone's weights, which quantised "
-            "ones do not have. Use adapter.basis=weight or adapter.basis=seeded, adapter=lora, or "
-            "backbone.quantization=none."
-        )
     model.module.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)

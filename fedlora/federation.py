@@ -116,17 +116,29 @@ class Federation:
                 f"cohort.size = {size}, but there are only {len(self.clients)} training clients. "
                 f"Use cohort.size <= {len(self.clients)}, or cohort.size=null for all of them."
             )
-        if self.adapter.needs_client_gradients and config.privacy.name != "none":
+        self._check_gradients()
+
+    def _check_gradients(self) -> None:
+        """Refuse an adapter that starts from gradients where there are none, or none that may be looked at."""
+        adapter, config = self.adapter, self.config
+        if not (adapter.needs_public_sample or adapter.needs_client_gradients):
+            return
+        others = "Others need none: adapter.basis=weight or adapter.basis=seeded with adapter=fed_sb, and adapter=lora."
+        if config.backbone.quantization != "none":
             raise InputError(
-                f"adapter={self.adapter.label} sends gradients of the clients' rows as they are, and "
-                f"privacy={config.privacy.name} does not cover them. Use adapter.basis=seeded, adapter.basis=weight, "
-                "or adapter.basis=gradient, which looks at public rows only."
+                f"adapter={adapter.label} starts from gradients of the backbone's weights, which quantised ones do not "
+                f"have: use backbone.quantization=none. {others}"
             )
-        if self.adapter.needs_public_sample and len(self.index.public) == 0:
+        if adapter.needs_client_gradients and config.privacy.name != "none":
             raise InputError(
-                f"adapter={self.adapter.label} starts from gradients of rows that the server may look at: set "
-                "data.split.public_rows (for example 128), or choose a start that needs none: adapter.basis=weight or "
-                "adapter.basis=seeded with adapter=fed_sb, or adapter=lora instead of adapter=lora_ga."
+                f"adapter={adapter.label} sends gradients of the clients' rows as they are, and "
+                f"privacy={config.privacy.name} does not cover them: use adapter.basis=gradient, which looks at public "
+                f"rows only. {others}"
+            )
+        if adapter.needs_public_sample and len(self.index.public) == 0:
+            raise InputError(
+                f"adapter={adapter.label} starts from gradients of rows that the server may look at: set "
+                f"data.split.public_rows (for example 128). {others}"
             )
 
     @property

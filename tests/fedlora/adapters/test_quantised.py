@@ -71,7 +71,9 @@ def test_presets_and_bases_see_the_decoded_weights(tiny, wide_bert: Path, quanti
 
 
 @FORMATS
-def test_a_gradient_basis_of_quantised_weights_is_refused(tiny, quantization: str) -> None:
-    federation = Federation(tiny("method=fed_sb", "adapter.basis=gradient", f"backbone.quantization={quantization}"))
-    with pytest.raises(InputError, match=r"adapter\.basis=gradient.*adapter\.basis=weight"):
-        federation.initialise_on_server(federation.build_model())
+@pytest.mark.parametrize(
+    "start", [["method=fed_sb"], ["method=fed_sb", "adapter.basis=client_gradient"], ["method=lora_ga"]]
+)
+def test_a_start_from_gradients_of_quantised_weights_is_refused(tiny, start: list[str], quantization: str) -> None:
+    with pytest.raises(InputError, match=r"which quantised ones do not have.*adapter\.basis=weight"):
+        Federation(tiny(*start, f"backbone.quantization={quantization}"))
