@@ -1,8 +1,8 @@
 """The frozen pretrained model: where it lies, its tokenizer, its configuration, its weights.
 
 ``minilm`` and ``smollm2`` come from packages; ``hf`` is any transformers model named by a hub id or a local folder;
-``random`` is an architecture whose weights are drawn from the seed. Dropout is set to zero everywhere, so that a seed
-determines a result.
+``random`` is an architecture whose weights are drawn from the seed; ``heterogeneous`` is no frozen model but one for
+each client (:mod:`fedlora.personal.backbone`). Dropout is set to zero everywhere, so that a seed determines a result.
 """
 
 from __future__ import annotations
