@@ -95,7 +95,6 @@ def _run(
     callbacks = [*callbacks, ProgressBar(worker.federation.task.main_metric)]
     try:
         _log_start(worker, reasons)
-        worker.reset()  # what the engine was chosen with is gone when the strategy looks at the model
         strategy = build_strategy(worker.federation.config.strategy, worker.model)
         run = FederatedRun(worker, strategy, folder, callbacks)
         run_on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine)

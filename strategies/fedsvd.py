@@ -7,8 +7,8 @@ every client must get it: those bytes are counted as setup. Where the update is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fedlora.adapters.factored import modules_of
 from fedlora.adapters.ffa import FrozenALora
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
-from strategies.base import FederatedStrategy, Reply, weighted_mean
+from strategies.base import FederatedStrategy, Reply, Server, weighted_mean
 
 
 class FedSVD(FederatedStrategy):
@@ -42,7 +42,10 @@ class FedSVD(FederatedStrategy):
                 f"strategy=fedsvd refactors B A with a frozen A common to all clients, and "
                 f"adapter={model.adapter.label} has none. Use adapter=ffa or adapter=orthogonal."
             )
-        self._frozen = model.read(model.frozen)
+
+    def begin_run(self, server: Server) -> None:
+        """A as it is at the start, or after the last refactoring before a resume."""
+        self._frozen = dict(server.frozen)
 
     def fold(self, server_round: int, state: State, replies: Sequence[Reply]) -> State:
         """The mean of B (and the head), and in every ``refresh``-th round new factors of the same product."""
@@ -57,14 +60,6 @@ class FedSVD(FederatedStrategy):
     def frozen(self) -> State:
         """Every A, if the last round changed them."""
         return dict(self._frozen) if self._changed else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Every A as it is now."""
-        return {"frozen": dict(self._frozen)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        self._frozen = dict(state["frozen"])
 
 
 def refactored(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.compose import choices_of
 from simulations.plan import list_methods
-from strategies.base import FederatedStrategy, Reply, completed, weights
+from strategies.base import FederatedStrategy, Reply, Server, completed, weights
 from strategies.build import build_strategy
 from tests.conftest import Compose
 from tests.fedlora.helpers import (
@@ -55,9 +55,15 @@ def architecture(request: pytest.FixtureRequest) -> list[str]:
 
 def ready(federation: Federation) -> tuple[FederatedStrategy, AdaptedModel]:
     model = started(federation)
+    return begun(federation, model, model.read(model.frozen)), model
+
+
+def begun(federation: Federation, model: AdaptedModel, frozen: State) -> FederatedStrategy:
+    """The strategy of a run that starts, or is resumed, with these frozen tensors."""
     strategy = build_strategy(federation.config.strategy, model)
     assert isinstance(strategy, FederatedStrategy)
-    return strategy, model
+    strategy.begin_run(Server(frozen, lambda state: federation.public_gradients(model)))
+    return strategy
 
 
 def far_replies(strategy: FederatedStrategy, model: AdaptedModel, state: State, server_round: int) -> list[Reply]:
@@ -122,12 +128,11 @@ def test_what_a_method_trained_is_saved_for_others(
 
 @pytest.mark.parametrize("method", AGGREGATES)
 def test_a_method_goes_on_from_its_saved_state(tiny: Compose, method: str) -> None:
-    config = tiny(f"method={method}")
-    strategy, model = ready(Federation(config))
+    federation = Federation(tiny(f"method={method}"))
+    strategy, model = ready(federation)
     start = model.read(model.shared)
     first = strategy.fold(1, start, far_replies(strategy, model, start, 1))
-    restored = build_strategy(config.strategy, model)
-    assert isinstance(restored, FederatedStrategy)
+    restored = begun(federation, model, strategy.frozen() or model.read(model.frozen))
     restored.load_state_dict(strategy.state_dict())
     one, other = (each.fold(2, first, far_replies(each, model, first, 2)) for each in (strategy, restored))
     assert_same(one, other)
