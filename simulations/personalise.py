@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fedlora.errors import InputError
 from fedlora.evaluation import statistics_of_clients
 from fedlora.tasks import Statistics
 from fedlora.trainer import Frozen
+from simulations.engines.cohort import filled, step_tokens
 
 
 def personalised(
@@ -55,21 +56,14 @@ def _member(worker: Worker, client: str, state: State, server_round: int) -> Mem
     return worker.member(start, [client], server_round, f"personalise {client}", keys=keys)
 
 
-def _cohorts(worker: Worker, members: Mapping[str, Member]) -> Iterator[Sequence[str]]:
+def _cohorts(worker: Worker, members: Mapping[str, Member]) -> list[list[str]]:
     """Clients that train together: the same tensors, and about ``engine.tokens`` tokens in a step."""
-    federation = worker.federation
-    room = float(federation.config.engine.tokens or 1)
     groups: dict[tuple[str, ...], list[str]] = {}
     for client, member in members.items():
         groups.setdefault(member.keys, []).append(client)
-    for clients in groups.values():
-        cohort, tokens = [], 0.0
-        for client in clients:
-            own = members[client].rows
-            each = min(federation.config.client.batch_size, len(own)) * float(federation.rows.lengths(own).mean())
-            if cohort and tokens + each > room:
-                yield cohort
-                cohort, tokens = [], 0.0
-            cohort.append(client)
-            tokens += each
-        yield cohort
+    tokens = worker.federation.config.engine.tokens or 1
+
+    def each(client: str) -> float:
+        return step_tokens(worker.federation, members[client].rows)
+
+    return [cohort for clients in groups.values() for cohort in filled(clients, each, tokens)]

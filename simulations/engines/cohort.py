@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.client import Job, Worker, asks_for_gradients
 from fedlora.cohort import Trained, member_steps
 from fedlora.errors import FedloraError
+from fedlora.federation import Federation
 from fedlora.grid import ClientGrid, error_reply
 from simulations.engines.executor import Executor, Work
 
 log = logging.getLogger("fedlora")
+Member = TypeVar("Member")
 
 
 class CohortGrid(ClientGrid):
@@ -77,14 +80,7 @@ class CohortGrid(ClientGrid):
         settings = self.worker.federation.config.client
         for members in groups.values():
             members.sort(key=lambda job: -member_steps(job.member, settings))  # who ends together trains together
-            room = 0.0
-            for position, job in enumerate(members):
-                each = self._step_tokens(job)
-                if position == 0 or room < each:
-                    cohorts.append([])
-                    room = max(float(self.tokens), each)
-                cohorts[-1].append(job)
-                room -= each
+            cohorts += filled(members, self._step_tokens, self.tokens)
         return cohorts
 
     def _work(self, cohort: Sequence[Job]) -> Work:
@@ -93,11 +89,7 @@ class CohortGrid(ClientGrid):
         return Work(self.worker.frozen(cohort[0].references), [job.member for job in cohort], cost)
 
     def _step_tokens(self, job: Job) -> float:
-        """Tokens of a step of a client, on average."""
-        federation = self.worker.federation
-        rows = job.member.rows
-        size = min(federation.config.client.batch_size, len(rows))
-        return size * float(federation.rows.lengths(rows).mean())
+        return step_tokens(self.worker.federation, job.member.rows)
 
     def _closed(self, job: Job, trained: Trained) -> Message:
         if trained.failure and not trained.failure.startswith("the loss is"):
@@ -110,3 +102,22 @@ class CohortGrid(ClientGrid):
     def _answered(self, reply: Message) -> Message:
         self.on_reply()
         return reply
+
+
+def step_tokens(federation: Federation, rows: np.ndarray) -> float:
+    """Tokens of a step of the client that has ``rows``, on average."""
+    return min(federation.config.client.batch_size, len(rows)) * float(federation.rows.lengths(rows).mean())
+
+
+def filled(members: Sequence[Member], each: Callable[[Member], float], tokens: int) -> list[list[Member]]:
+    """``members`` in their order as cohorts of about ``tokens`` tokens a step, ``each`` of one; never an empty one."""
+    cohorts: list[list[Member]] = []
+    room = 0.0
+    for position, member in enumerate(members):
+        size = each(member)
+        if position == 0 or room < size:
+            cohorts.append([])
+            room = max(float(tokens), size)
+        cohorts[-1].append(member)
+        room -= size
+    return cohorts
