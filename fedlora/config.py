@@ -90,6 +90,7 @@ class DataConfig(Settings):
         choices: possible answers: a column of lists, or a list of columns.
         image: pictures.
         client: who owns the row.
+        group: the group that the row's client belongs to, the same in all of its rows.
         limit: take the first rows only.
         split: how rows are divided.
     """
@@ -105,6 +106,7 @@ class DataConfig(Settings):
     choices: str | list[str] | None = None
     image: str | None = "image"
     client: str | None = None
+    group: str | None = None
     limit: Count | None = None
     split: SplitConfig = SplitConfig()
 

@@ -23,9 +23,9 @@ from fedlora.adapters.injection import WeightsNeededError
 from fedlora.backbone import Backbone
 from fedlora.capability import Capability, assigned, modules_named
 from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig
-from fedlora.data.index import ClientIndex, build_index
+from fedlora.data.index import ClientIndex, build_index, groups_of_clients
 from fedlora.data.partition import assign_clients
-from fedlora.data.sources import load_rows
+from fedlora.data.sources import OWNERS, load_rows
 from fedlora.encoded import EncodedRows, cached
 from fedlora.errors import InputError
 from fedlora.evaluation import loss_gradients
@@ -65,7 +65,7 @@ def _dataset(data: str, partition: str, task: str, backbone: str, seed: int) -> 
 def _encoded(data: str, partition: str, task: str, backbone: str, seed: int, max_length: int) -> EncodedRows:
     dataset = _dataset(data, partition, task, backbone, seed)
     work = _task(task, backbone)
-    rows = dataset.rows.drop(columns="client", errors="ignore")
+    rows = dataset.rows.drop(columns=list(OWNERS), errors="ignore")
     if "image" in rows:
         return work.encode(rows, dataset.schema, max_length)
     words = pd.DataFrame(
@@ -110,6 +110,7 @@ class Federation:
         self.dataset = _dataset(*self._key)
         self.index, self.schema = self.dataset.index, self.dataset.schema
         self.adapter.clients = self.clients
+        self.adapter.groups = groups_of_clients(self.dataset.rows, self.index)
         size = config.cohort.size
         if size is not None and size > len(self.clients):
             raise InputError(

@@ -197,7 +197,7 @@ class AdaptedModel:
         """The tensors of :attr:`own` of a training client; see :meth:`Adapter.own_tensors`."""
         if not self.own:
             return {}
-        return self.adapter.own_tensors(self.layers, self.seed, self.adapter.clients.index(client))
+        return self.adapter.own_tensors(self.layers, self.seed, client)
 
     @cached_property
     def affinity(self) -> Affinity:

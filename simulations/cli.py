@@ -91,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     resume = command("resume", "finish an interrupted run with the same bits")
     resume.add_argument("run", metavar="RUN", help="the run folder")
     resume.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
-    forget = command("forget", "take a client's block out of a finished run, and say whether that is exact unlearning")
-    forget.add_argument("client", metavar="CLIENT", help="the client's id, as in the ledger")
+    forget = command(
+        "forget", "take a client's (or group's) block out of a finished run, and say whether that is exact unlearning"
+    )
+    forget.add_argument(
+        "client", metavar="CLIENT", help="the client's id as in the ledger, or with adapter.groups the name of a group"
+    )
     forget.add_argument("run", metavar="RUN", help="the run folder")
     benchmark.add_arguments(command("bench", benchmark.DESCRIPTION, benchmark.EPILOG))
     return parser

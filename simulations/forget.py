@@ -1,9 +1,10 @@
 """Take one client out of a finished run whose clients trained in disjoint subspaces, and say what that amounts to.
 
-The server has kept every client's block of dW = sum_k s B_k A_k (``adapter/blocks.safetensors``). Without one of them
+The server has kept every owner's block of dW = sum_g s B_g A_g (``adapter/blocks.safetensors``). Without one of them
 the sum is what the others have taught; their blocks stay as they were, bit by bit. That is exact unlearning, the model
-of the same run without this client, if no other block depends on it: no client's base held it (``isolation=strict``),
-and no head was trained together. Otherwise it is the removal of a block, and the reasons are given.
+of the same run without this owner, if no other block depends on it: no client's base held it (``isolation=strict``),
+and no head was trained together. Otherwise it is the removal of a block, and the reasons are given. Where a group of
+clients owns a block, the block goes as a whole: what one client of the group has added to it cannot be told apart.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from strategies.disjoint import FILE, Disjoint
 EXACT, REMOVAL = "exact unlearning", "block removal"
 
 
-def forget(run_dir: Path, client: str) -> dict[str, Any]:
-    """Remove the block of ``client`` from the finished run in ``run_dir``.
+def forget(run_dir: Path, owner: str) -> dict[str, Any]:
+    """Remove the block of ``owner``, a client or a group of clients, from the finished run in ``run_dir``.
 
     Rewrites the global model, the blocks, and the merged model if there is one, deletes what the run folder holds of
-    the client's own state, and adds to ``forgotten.json``. The blocks are written last: a call that was interrupted can
+    the clients' own state, and adds to ``forgotten.json``. The blocks are written last: a call that was interrupted can
     be made again.
 
     Returns:
         What was done: ``kind`` (exact unlearning, or block removal), ``reasons`` why it is not exact, ``at`` (UTC),
-        ``share`` of ||dW||^2 that was removed, ``metrics`` of the model that is left, ``text`` in sentences.
+        ``clients`` that owned the block, ``share`` of ||dW||^2 that was removed, ``metrics`` of the model that is left,
+        ``text`` in sentences.
 
     Raises:
-        InputError: there is no finished run, it has no blocks, or none of this client.
+        InputError: there is no finished run, it has no blocks, or none of this owner.
     """
     folder = RunFolder(run_dir)
     config = folder.read_config()
@@ -52,24 +54,27 @@ def forget(run_dir: Path, client: str) -> dict[str, Any]:
     strategy.keep_blocks(load_file(blocks))
     record_file = folder.path / "forgotten.json"
     forgotten: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-    if client not in strategy.blocks:
-        raise InputError(_unknown(client, worker, folder, forgotten, list(strategy.blocks)))
+    if owner not in strategy.blocks:
+        raise InputError(_unknown(owner, strategy, folder, forgotten))
+    clients = [client for client, its_owner in strategy.owners.items() if its_owner == owner]
     before = strategy.squared_norms()
-    strategy.forget(client)
+    strategy.forget(owner)
     reasons = _dependences(strategy, worker.model, config)
     record = {
         "kind": REMOVAL if reasons else EXACT,
         "reasons": reasons,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "share": before[client] / (sum(before.values()) or 1.0),
+        "clients": clients,
+        "share": before[owner] / (sum(before.values()) or 1.0),
         "metrics": _metrics(worker, strategy, folder),
     }
-    record["text"] = _text(client, record)
+    record["text"] = _text(owner, record)
     merged = folder.merged.exists()
     shutil.rmtree(folder.merged, ignore_errors=True)
     write_tensors_atomically(folder.adapter / "base_correction.safetensors", strategy.total())
-    write_atomically(record_file, json.dumps({**forgotten, client: record}, indent=2, allow_nan=False) + "\n")
-    folder.store.remove(client)
+    write_atomically(record_file, json.dumps({**forgotten, owner: record}, indent=2, allow_nan=False) + "\n")
+    for client in clients:
+        folder.store.remove(client)
     write_tensors_atomically(blocks, strategy.keepsakes()[FILE])
     if merged:
         merge_finished(config, folder)
@@ -96,13 +101,23 @@ def _blocks(folder: RunFolder, config: Config) -> Path:
     return path
 
 
-def _unknown(client: str, worker: Worker, folder: RunFolder, forgotten: dict[str, Any], there: list[str]) -> str:
-    if client in forgotten:
-        return f"{folder.path}: client '{client}' was forgotten at {forgotten[client]['at']}; nothing of it is left."
-    if client in worker.federation.clients:
-        return f"{folder.path}: client '{client}' trained in no round of this run, so there is nothing to forget."
+def _unknown(owner: str, strategy: Disjoint, folder: RunFolder, forgotten: dict[str, Any]) -> str:
+    grouped = set(strategy.owners.values()) != set(strategy.owners)
+    kind, there = "group" if grouped else "client", list(strategy.blocks)
+    if owner in forgotten:
+        return f"{folder.path}: {kind} '{owner}' was forgotten at {forgotten[owner]['at']}; nothing of it is left."
+    if owner in strategy.owners.values():
+        return f"{folder.path}: {kind} '{owner}' trained in no round of this run, so there is nothing to forget."
+    if owner in strategy.owners:
+        group = strategy.owners[owner]
+        return (
+            f"{folder.path}: client '{owner}' trained in the rows of its group '{group}', whose block is a mean that "
+            f"cannot be taken apart. Forget the whole group: 'fedlora forget {group} RUN'; or run again without "
+            "adapter.groups, where every client has a block of its own."
+        )
     return (
-        f"{folder.path}: there is no client '{client}'.{nearest(client, there)} Clients with a block: {_some(there)}."
+        f"{folder.path}: there is no {kind} '{owner}'.{nearest(owner, there)} {kind.capitalize()}s with a block: "
+        f"{_some(there)}."
     )
 
 
@@ -111,30 +126,33 @@ def _some(names: list[str]) -> str:
 
 
 def _dependences(strategy: Disjoint, model: AdaptedModel, config: Config) -> list[str]:
-    """Why what is left may still depend on the client."""
+    """Why what is left may still depend on what was removed."""
     reasons = []
     if strategy.isolation == "open":
         reasons.append(
-            "strategy.isolation=open: other clients trained on a base that held this block, so their blocks were "
+            "strategy.isolation=open: the others trained on a base that held this block, so their blocks were "
             "learned in its presence, and the bases that they keep still hold it"
         )
     if any(key in model.head for key in model.shared):
         reasons.append(
-            f"adapter.head={config.adapter['head']}: the head is a mean that this client took part in, and it stays"
+            f"adapter.head={config.adapter['head']}: the head is a mean that was trained with this block, and it stays"
         )
     return reasons
 
 
-def _text(client: str, record: dict[str, Any]) -> str:
+def _text(owner: str, record: dict[str, Any]) -> str:
     """What was done, in sentences."""
-    done = f"{record['kind']} of '{client}': its block, {record['share']:.1%} of the squared norm of the sum, is gone"
+    alone = record["clients"] == [owner]
+    clients = "" if alone else f" ({len(record['clients'])} clients: {_some(record['clients'])})"
+    gone = f"its block, {record['share']:.1%} of the squared norm of the sum, is gone"
+    done = f"{record['kind']} of '{owner}'{clients}: {gone}"
     if record["reasons"]:
         return (
             f"{done}; this is not exact unlearning, because {'; and '.join(record['reasons'])}. A run with "
             "strategy.isolation=strict and adapter.head=frozen (or private) can be unlearned exactly."
         )
     return (
-        f"{done}. No other client's forward pass ever held it (strategy.isolation=strict) and no head was trained "
-        "together, so what is left is the model of the same run without this client. What people have chosen by "
-        "looking at results, such as a learning rate, is not undone."
+        f"{done}. No forward pass of the others ever held it (strategy.isolation=strict) and no head was trained "
+        f"together, so what is left is the model of the same run without this {'client' if alone else 'group'}. What "
+        "people have chosen by looking at results, such as a learning rate, is not undone."
     )

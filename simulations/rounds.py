@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ class FederatedRun:
         return failed
 
     def _expected(self, replies: list[Message], grid: ClientGrid) -> dict[str, LowRank] | None:
-        """The exact mean (or sum) of the clients' dW; ``None`` where there is none to compare with.
+        """The exact mean of the clients' dW (or their sum: ``shares`` of the strategy); ``None`` where there is none.
 
         Where dW is affine by its formula it is the dW of the mean, which costs least. LoRA's products are made block by
         block, and only seen through a few directions where the cohort is large (:meth:`_seen`). Products are in fp64
@@ -186,7 +187,8 @@ class FederatedRun:
         if not contents:
             return None
         examples = [int(cast(int, cast(MetricRecord, content["metrics"])["num-examples"])) for content in contents]
-        shares = weights(examples, self.ours.weighting if self.ours is not None else "examples")
+        owners = [grid.client_of(r.metadata.src_node_id) for r in usable]
+        shares = weights(examples, "examples") if self.ours is None else self.ours.shares(owners, examples)
         model = self.worker.model
         states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
         states = [completed(state, self.state) for state in states]
@@ -195,12 +197,9 @@ class FederatedRun:
             return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
         dtype = torch.float64 if self.ours is not None and self.ours.exact else torch.float32
         if type(model.adapter) is not Lora:
-            owners = [grid.client_of(r.metadata.src_node_id) for r in usable]
             deltas = (self._delta({**s, **model.own_of(client)}) for s, client in zip(states, owners, strict=True))
-            if self.ours is not None and self.ours.sums:
-                mean = weighted_mean(deltas, [1.0] * len(states), dtype)
-                return {name: delta.scale(len(states)) for name, delta in mean.items()}
-            return weighted_mean(deltas, shares, dtype)
+            whole = math.fsum(shares)  # 1 where the aggregate is a mean
+            return {name: mean.scale(whole) for name, mean in weighted_mean(deltas, shares, dtype).items()}
         self._probes = probes(states, self.config.seed)
         if self._probes:
             return mean_update(model.adapter, states, shares, seen=self._seen)

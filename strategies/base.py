@@ -81,7 +81,6 @@ class FederatedStrategy(Strategy):
 
     Attributes:
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
-        sums: whether the aggregate's dW is the sum of the clients' dW, not their mean.
         own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint``).
         restarts: whether clients start from new factors in every round or every few, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
@@ -97,7 +96,6 @@ class FederatedStrategy(Strategy):
     trains: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
     client_ranks: ClassVar[bool] = False
-    sums: ClassVar[bool] = False
     own_subspaces: ClassVar[bool] = False
     restarts: bool = False
 
@@ -134,6 +132,10 @@ class FederatedStrategy(Strategy):
             state: the global state that was sent.
             replies: what came back; failed clients are not among them.
         """
+
+    def shares(self, clients: Sequence[str], examples: Sequence[int]) -> list[float]:
+        """What each client's dW counts in the aggregate's: dW = sum_k p_k dW_k; by default the weights of a mean."""
+        return weights(examples, self.weighting)
 
     def failed(self, client: str) -> None:
         """Called for a client that was addressed and did not answer with a usable reply."""

@@ -71,6 +71,7 @@ class Adapter(ABC):
 
     Attributes:
         clients: ids of all training clients, sorted; the federation writes them before a model is built.
+        groups: the group of each of them, if the data says so (``data.group``); written together with them.
     """
 
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
@@ -78,6 +79,7 @@ class Adapter(ABC):
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
         self.clients: tuple[str, ...] = ()
+        self.groups: Mapping[str, str] = {}
 
     @property
     def label(self) -> str:
@@ -139,8 +141,8 @@ class Adapter(ABC):
             gradients: ``{module: [m, n]}`` summed loss gradients of the public sample or of clients, when asked for.
         """
 
-    def own_tensors(self, layers: Mapping[str, Any], seed: int, position: int) -> State:
-        """The tensors of place ``client`` of the client at ``position`` in the sorted list of all training clients."""
+    def own_tensors(self, layers: Mapping[str, Any], seed: int, client: str) -> State:
+        """The tensors of place ``client`` of one training client."""
         return {}
 
     def settled(self, state: Mapping[str, Tensor]) -> State:

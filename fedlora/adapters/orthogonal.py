@@ -2,14 +2,16 @@
 
 A is never sent: a client draws it from the seed, layer by layer. ``shared``: all clients train in the same rows, so a
 mean of B is exact. ``complementary``: so they do, in rows orthogonal to the leading right singular directions of the
-backbone's weight, those that it uses most. ``disjoint``: every client has rows of its own, orthogonal to all others'
-(as RAVAN's heads are, Raje et al., NeurIPS 2025, and the tasks of DOLFIN, arXiv 2510.13567, for clients instead); then
-<dW_i, dW_j> = 0, and a sum of updates keeps each client's apart.
+backbone's weight, those that it uses most. ``disjoint``: every client, or every group of clients, has rows of its own,
+orthogonal to all others' (as RAVAN's heads are, Raje et al., NeurIPS 2025, and the tasks of DOLFIN, arXiv 2510.13567);
+then <dW_i, dW_j> = 0 for different owners i and j, and a sum of updates keeps each owner's apart. A layer with n inputs
+has room for n / r owners, so groups are how many clients fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -31,11 +33,14 @@ class OrthogonalConfig(LowRankConfig):
 
     Attributes:
         subspace: ``shared`` (the same rows for all), ``complementary`` (the same, away from what the backbone's weight
-            uses most) or ``disjoint`` (every training client its own; for strategies that sum).
+            uses most) or ``disjoint`` (every owner its own; for strategies that sum).
+        groups: with ``disjoint``, who owns rows: every training client (``None``), that many groups, to which the
+            clients belong in turn by their sorted ids, or the groups of the data's column ``data.group`` (``natural``).
         avoid: with ``complementary``, how many leading right singular directions of a weight A is orthogonal to.
     """
 
     subspace: Literal["shared", "complementary", "disjoint"]
+    groups: Annotated[int, Field(ge=1)] | Literal["natural"] | None
     avoid: Annotated[int, Field(ge=1)]
 
 
@@ -48,6 +53,12 @@ class OrthogonalLora(FrozenALora):
     def __init__(self, config: OrthogonalConfig) -> None:
         super().__init__(config)
         self._rows: dict[tuple[int, str], Tensor] = {}
+        if self.settings.groups is not None and not self.disjoint:
+            raise InputError(
+                f"adapter.groups = {self.settings.groups} needs rows of their own for groups of clients, and with "
+                f"adapter.subspace={self.settings.subspace} all have the same. Use adapter.subspace=disjoint (and "
+                "strategy=disjoint), or adapter.groups=null."
+            )
 
     @property
     def settings(self) -> OrthogonalConfig:
@@ -56,16 +67,32 @@ class OrthogonalLora(FrozenALora):
 
     @property
     def label(self) -> str:
-        """``orthogonal[shared]`` and so on."""
-        return f"{self.config.name}[{self.settings.subspace}]"
+        """``orthogonal[shared]`` and so on, ``orthogonal[disjoint][groups=4]``."""
+        groups = "" if self.settings.groups is None else f"[groups={self.settings.groups}]"
+        return f"{self.config.name}[{self.settings.subspace}]{groups}"
 
     @property
     def disjoint(self) -> bool:
-        """Whether every client has its own rows."""
+        """Whether every client or group has its own rows."""
         return self.settings.subspace == "disjoint"
 
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Who owns the rows in which each training client trains: itself, or its group."""
+        groups = self.settings.groups
+        if groups is None:
+            return {client: client for client in self.clients}
+        if groups == "natural":
+            return dict(self.groups)
+        return {client: f"group-{place % groups:04d}" for place, client in enumerate(self.clients)}
+
+    @cached_property
+    def _slices(self) -> dict[str, int]:
+        """The number of every owner's slice of rows."""
+        return {owner: number for number, owner in enumerate(dict.fromkeys(self.owners.values()))}
+
     def place(self, key: str, tensor: Tensor) -> Place:
-        """A is frozen, or a client's own."""
+        """A is frozen, or its owner's."""
         return "client" if self.disjoint and ".lora_A." in key else super().place(key, tensor)
 
     def affinity(self, layers: Mapping[str, BaseTunerLayer]) -> Affinity:
@@ -75,16 +102,18 @@ class OrthogonalLora(FrozenALora):
     def check(self, layers: Mapping[str, BaseTunerLayer], tensors: Mapping[str, Tensor]) -> None:
         """Refuse layers with too few input features for the rows that the plan needs."""
         super().check(layers, tensors)
-        rank, avoid, count = self.sizes.rank, self.settings.avoid, len(self.clients)
+        if self.disjoint:
+            self._check_groups()
+        rank, avoid, count = self.sizes.rank, self.settings.avoid, len(self._slices)
         for name, layer in layers.items():
             n, m = int(layer.in_features), int(layer.out_features)  # pyright: ignore
             if self.disjoint and count * rank > n:
                 fewer = f"adapter.rank <= {n // count}, or " if count <= n else ""
+                who, kind = ("training clients", "clients") if self.settings.groups is None else ("groups", "groups")
                 raise InputError(
-                    f"adapter.subspace=disjoint gives each of {count} training clients adapter.rank = {rank} rows of "
-                    f"its own, and layer '{name}' has n = {n} input features: enough for {n // rank} clients. "
-                    f"Use {fewer}at most {n // rank} clients (partition.min_rows, or a partition with "
-                    "partition.clients), or adapter.subspace=shared."
+                    f"adapter.subspace=disjoint gives each of {count} {who} adapter.rank = {rank} rows of its own, and "
+                    f"layer '{name}' has n = {n} input features: enough for {n // rank} {kind}. Use {fewer}"
+                    f"adapter.groups <= {n // rank} (clients of a group share its rows), or adapter.subspace=shared."
                 )
             if self.settings.subspace == "complementary" and avoid > min(m, n - rank):
                 raise InputError(
@@ -92,8 +121,22 @@ class OrthogonalLora(FrozenALora):
                     f"Use adapter.avoid <= {min(m, n - rank)}."
                 )
 
+    def _check_groups(self) -> None:
+        """Refuse groups that are not there."""
+        groups, count = self.settings.groups, len(self.clients)
+        if groups == "natural" and not self.groups:
+            raise InputError(
+                "adapter.groups=natural takes the groups from the data, and the data names none. Set data.group to the "
+                "column with the group of a row's client, or adapter.groups to a number of groups."
+            )
+        if isinstance(groups, int) and groups > count:
+            raise InputError(
+                f"adapter.groups = {groups}, but there are only {count} training clients. Use adapter.groups <= "
+                f"{count}, or adapter.groups=null for rows of its own for every client."
+            )
+
     def initialise(self, layers: Mapping[str, LoraLayer], seed: int, gradients: State | None = None) -> None:
-        """A by the plan and B zero; A is zero on the meta device where it needs weights, and where clients have own."""
+        """A by the plan and B zero; A is zero on the meta device where it needs weights, and where owners have own."""
         rank = self.sizes.rank
         with torch.no_grad():
             for name, layer in layers.items():
@@ -106,16 +149,17 @@ class OrthogonalLora(FrozenALora):
                 else:
                     a.copy_(complementary_rows(oriented_weight(layer), rank, self.settings.avoid, seed, name))
 
-    def own_tensors(self, layers: Mapping[str, Any], seed: int, position: int) -> State:
-        """Rows ``position r`` to ``(position + 1) r`` of each layer's orthonormal matrix ``[clients r, n]``."""
+    def own_tensors(self, layers: Mapping[str, Any], seed: int, client: str) -> State:
+        """Rows ``i r`` to ``(i + 1) r`` of each layer's orthonormal ``[owners r, n]``, for owner i."""
         if not self.disjoint:
             return {}
-        return {f"{name}.lora_A.weight": self._own_rows(name, layer, seed, position) for name, layer in layers.items()}
+        place = self._slices[self.owners[client]]
+        return {f"{name}.lora_A.weight": self._own_rows(name, layer, seed, place) for name, layer in layers.items()}
 
-    def _own_rows(self, name: str, layer: LoraLayer, seed: int, position: int) -> Tensor:
+    def _own_rows(self, name: str, layer: LoraLayer, seed: int, place: int) -> Tensor:
         rank, n = self.sizes.rank, int(layer.in_features)  # pyright: ignore
         if factor_weight(layer, "lora_A").is_meta:
             return torch.zeros(rank, n, device="meta")
         if (seed, name) not in self._rows:
-            self._rows[seed, name] = orthonormal_rows(n, rank, len(self.clients), seed, name)
-        return self._rows[seed, name][position * rank : (position + 1) * rank]
+            self._rows[seed, name] = orthonormal_rows(n, rank, len(self._slices), seed, name)
+        return self._rows[seed, name][place * rank : (place + 1) * rank]

@@ -94,6 +94,28 @@ def build_index(
     )
 
 
+def groups_of_clients(rows: pd.DataFrame, index: ClientIndex) -> dict[str, str]:
+    """The group of every training client, from the column ``group``; empty where the data has none.
+
+    Raises:
+        InputError: a client has rows of several groups.
+    """
+    if "group" not in rows:
+        return {}
+    groups = {}
+    for client in index.clients:
+        own = np.concatenate([index.train[client], index.validation[client], index.test[client]])
+        found = pd.unique(rows["group"].iloc[own])
+        if len(found) > 1:
+            raise InputError(
+                f"data.group: client '{client}' has rows of {len(found)} groups, among them '{found[0]}' and "
+                f"'{found[1]}', and a client belongs to one. Name a column that is the same in all rows of a client "
+                "(with partition=natural), or set data.group=null."
+            )
+        groups[client] = str(found[0])
+    return groups
+
+
 def untrained_labels(rows: pd.DataFrame, index: ClientIndex, schema: Schema) -> list[str]:
     """The labels of ``schema`` that no training row has, in its order: a model cannot learn them.
 

@@ -1,7 +1,7 @@
 """Where rows come from. Each source returns a table as it finds it; :func:`load_rows` picks the columns.
 
 The picked table has canonical columns: those of ``text``, ``text_pair``, ``label``, ``messages``, ``choices`` and
-``image`` that the task reads, and ``client`` where the data has one.
+``image`` that the task reads, and ``client`` and ``group`` where the data has them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fedlora.data.template import is_template, render
 from fedlora.errors import InputError
 
 DEFAULT_COLUMNS = ("text", "text_pair", "label")
+OWNERS = ("client", "group")
 OPTIONAL = ("text_pair", "messages", "choices")
 
 SOURCES: dict[str, Callable[[DataConfig], pd.DataFrame]] = {
@@ -51,7 +52,8 @@ def load_rows(data: DataConfig, columns: Sequence[str] = DEFAULT_COLUMNS, nested
 
     Returns:
         A table ``[rows]`` with a ``RangeIndex`` and those of ``columns`` that ``data`` names (``text`` and
-        ``text_pair`` as str unless nested, the others as found), and ``client`` (str, only if ``data`` names it).
+        ``text_pair`` as str unless nested, the others as found), ``client`` and ``group`` (str, only if ``data`` names
+        them).
         ``attrs["left_out"]`` counts the rows that a template left out.
 
     Raises:
@@ -89,10 +91,10 @@ def _canonical(table: pd.DataFrame, data: DataConfig, columns: Sequence[str]) ->
     if data.messages is not None:
         columns = [name for name in columns if name not in ("text", "label")]
     rows = {}
-    for role in (*columns, "client"):
+    for role in (*columns, *OWNERS):
         wanted = getattr(data, role)
         if wanted is None:
-            if role in ("client", *OPTIONAL):
+            if role in (*OWNERS, *OPTIONAL):
                 continue
             raise InputError(f"data.{role} is not set, and this task needs it. Name the column: data.{role}=<column>.")
         if isinstance(wanted, str):
@@ -153,10 +155,10 @@ def _checked(values: pd.Series, data: DataConfig, nested: bool) -> pd.Series:
             f"{_first(missing)} (rows count from 1, a header does not count). Fill or remove these rows."
         )
     is_text = values.map(lambda value: isinstance(value, str))
-    if values.dtype == object and values.name != "client":
+    if values.dtype == object and values.name not in OWNERS:
         for kind, found in (("lists or objects", is_list), ("text", is_text)):
             _refuse_mixture(values, found, f"{setting}: the values{_at(data)}", kind)
-    return values.astype(str) if values.name in ("text", "text_pair", "client") and not is_list.any() else values
+    return values.astype(str) if values.name in ("text", "text_pair", *OWNERS) and not is_list.any() else values
 
 
 def _refuse_mixture(values: pd.Series, found: pd.Series, which: str, kind: str) -> None:

@@ -26,7 +26,7 @@ STRICT = ["strategy.isolation=strict", "adapter.head=frozen"]
 
 
 class Without(Disjoint):
-    """The same run, cohorts and seeds, in which one client is never asked."""
+    """The same run, cohorts and seeds, in which one client, or group of clients, is never asked."""
 
     def __init__(self, without: str, isolation: str) -> None:
         super().__init__(isolation=isolation)  # type: ignore[arg-type]
@@ -36,7 +36,9 @@ class Without(Disjoint):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = super().configure_train(server_round, arrays, config, grid)
-        return [m for m in messages if self._asked[m.metadata.dst_node_id] != self.without]
+        asked = {node: client for node, client in self._asked.items() if self.owners[client] != self.without}
+        self._asked = asked
+        return [m for m in messages if m.metadata.dst_node_id in asked]
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -86,6 +88,29 @@ def test_forgetting_in_strict_isolation_is_the_run_without_the_client(tiny: Comp
     if head == "frozen":
         expected = rounds_of(without)[-1]["metrics"]
         assert record["metrics"] == pytest.approx(expected)
+
+
+def test_forgetting_a_group_in_strict_isolation_is_the_run_without_it(tiny: Compose, tmp_path: Path) -> None:
+    run, without, groups = tmp_path / "run", tmp_path / "without", ["adapter.groups=3", "cohort.size=null"]
+    start(tiny(*RUN, *STRICT, *groups), run)
+    target = f"strategy._target_={__name__}.Without"
+    own = ["strategy=custom", target, "strategy.without=group-0001", "strategy.isolation=strict"]
+    start(tiny(*RUN, "adapter.head=frozen", *groups, *own), without)
+    record = forget(run, "group-0001")
+    for name in ("blocks", "base_correction"):
+        assert same(tensors(run, name), tensors(without, name)), name
+    assert record["kind"] == "exact unlearning"
+    assert len(record["clients"]) == 3
+    assert "(3 clients: site" in record["text"]
+    assert "the same run without this group" in record["text"]
+
+
+def test_one_client_of_a_group_cannot_be_forgotten_alone(tiny: Compose, tmp_path: Path) -> None:
+    start(tiny(*RUN, *STRICT, "adapter.groups=2", "cohort.size=null", "rounds=1"), tmp_path / "run")
+    with pytest.raises(InputError, match=r"'site \d\d' trained in the rows of its group 'group-0000'.*whole group"):
+        forget(tmp_path / "run", rounds_of(tmp_path / "run")[1]["cohort"][0])
+    with pytest.raises(InputError, match=r"no group 'group-00'. Did you mean 'group-000\d'\? Groups with a block"):
+        forget(tmp_path / "run", "group-00")
 
 
 def test_forgetting_with_an_open_base_removes_the_block_only_and_says_so(tiny: Compose, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedlora.capability import Capability
 from fedlora.export import export_adapter
 from fedlora.federation import Federation
 from fedlora.grid import parts_of
-from fedlora.lowrank import LowRank, relative_distance, weighted_mean
+from fedlora.lowrank import relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.compose import choices_of
 from simulations.plan import list_methods
@@ -85,10 +85,8 @@ def errors_of(strategy: FederatedStrategy, model: AdaptedModel, rounds: int) -> 
     for server_round in range(1, rounds + 1):
         replies = far_replies(strategy, model, state, server_round)
         deltas: Sequence = [model.delta({**r.state, **model.own_of(r.client)}, frozen) for r in replies]
-        if strategy.sums:
-            expected = {name: LowRank.sum([delta[name] for delta in deltas]) for name in deltas[0]}
-        else:
-            expected = weighted_mean(deltas, list(EXAMPLES))
+        shares = strategy.shares([r.client for r in replies], EXAMPLES)
+        expected = {name: mean.scale(sum(shares)) for name, mean in weighted_mean(deltas, shares).items()}
         state = strategy.fold(server_round, state, replies)
         frozen = strategy.frozen() or frozen
         actual = model.delta(state, frozen)

@@ -96,6 +96,69 @@ def test_a_round_adds_exactly_what_its_clients_trained(model: AdaptedModel, isol
     assert relative_distance(summed, strategy.residual()) <= 1e-6
 
 
+@pytest.fixture(scope="module")
+def grouped(tiny_overrides: list[str]) -> AdaptedModel:
+    more = ["adapter.rank=3", "adapter.alpha=2", "adapter.groups=3", "adapter.target_modules=[query,output.dense]"]
+    return Federation(compose_config([*tiny_overrides, "method=disjoint", *more])).build_model()
+
+
+@promise
+@given(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6, unique=True), min_size=1, max_size=3), st.data())
+def test_inside_a_group_is_the_mean_and_across_groups_the_sum(
+    grouped: AdaptedModel, chosen: list[list[int]], data: st.DataObject
+):
+    clients, isolation = grouped.adapter.clients, data.draw(st.sampled_from(ISOLATIONS))
+    strategy, blocks = Disjoint(isolation=isolation), {}  # type: ignore[arg-type]
+    strategy.prepare(grouped)
+    state = grouped.read(grouped.shared)
+    for number, cohort in enumerate(chosen, 1):
+        replies = replies_of(grouped, [clients[i] for i in cohort], number)
+        updates = [update_of(grouped, reply.client, reply.state) for reply in replies]
+        for group in {i % 3 for i in cohort}:
+            own = [
+                (update, r.examples) for i, update, r in zip(cohort, updates, replies, strict=True) if i % 3 == group
+            ]
+            rows = sum(examples for _, examples in own)
+            for module in grouped.layers:
+                mean = sum(update[module].double().dense() * examples / rows for update, examples in own)
+                held = 0 if isolation == "strict" else blocks.get((group, module), 0)
+                blocks[group, module] = held + mean
+        for reply in replies:
+            strategy.send(reply.client, number, state)
+        state = strategy.fold(number, state, replies)
+    for module, total in strategy.base_correction().items():
+        expected = sum(block for (_, name), block in blocks.items() if name == module)
+        assert (total - expected).norm() <= 1e-6 * total.norm()
+
+
+def test_a_client_of_a_group_gets_the_block_of_its_group(grouped: AdaptedModel) -> None:
+    clients, state = grouped.adapter.clients, grouped.read(grouped.shared)
+    strategy, _ = run_rounds(grouped, "strict", [clients[:2]])
+    (trained, other), name = (replies_of(grouped, clients[:2], 1)[i].state for i in (0, 1)), next(iter(grouped.layers))
+    key = f"{name}.lora_B.weight"
+    assert torch.equal(strategy.send(clients[3], 2, state).state[key], trained[key])
+    assert torch.equal(strategy.send(clients[4], 2, state).state[key], other[key])
+    assert not strategy.send(clients[5], 2, state).state[key].any()
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_a_run_of_groups_is_measured_exact(tiny: Compose, tmp_path: Path, isolation: str) -> None:
+    config = tiny(*METHOD, f"strategy.isolation={isolation}", "adapter.groups=2", "adapter.rank=8", "cohort.size=null")
+    summary = start(config, tmp_path / "run")
+    assert 0 < summary["aggregation_error"]["max"] <= 1e-6
+    assert summary["label"] == "disjoint[groups=2]"
+    blocks = load_file(tmp_path / "run" / "adapter" / "blocks.safetensors")
+    assert {name.rpartition("/")[0] for name in blocks} == {"group-0000", "group-0001"}
+
+
+def test_modules_that_differ_inside_a_group_are_refused_where_its_block_is_replaced(tiny: Compose) -> None:
+    more = ["adapter.groups=2", "adapter.client_modules=[all,query]"]
+    model = Federation(tiny(*METHOD, *more)).build_meta_model()
+    Disjoint().prepare(model)
+    with pytest.raises(InputError, match=r"client_modules.*adapter\.groups=null.*strategy\.isolation=open"):
+        Disjoint(isolation="strict").prepare(model)
+
+
 def test_a_client_gets_all_other_blocks_or_its_own_alone(model: AdaptedModel) -> None:
     clients, state = model.adapter.clients[:3], model.read(model.shared)
     seeing, blocks = run_rounds(model, "open", [clients])
@@ -148,6 +211,14 @@ def test_plan_equals_ledger(tiny: Compose, tmp_path: Path, isolation: str, more:
 def test_cohort_equals_loop_where_each_client_has_its_own_block(tiny: Compose, tmp_path: Path) -> None:
     strict = ["strategy.isolation=strict", "client.keep_optimizer=true", "cohort.size=null"]
     assert_engines_agree(tiny, tmp_path, *METHOD, *strict)
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_cohort_equals_loop_where_clients_share_the_block_of_a_group(
+    tiny: Compose, tmp_path: Path, isolation: str
+) -> None:
+    groups = ["adapter.groups=3", "adapter.rank=4", f"strategy.isolation={isolation}", "cohort.size=null"]
+    assert_engines_agree(tiny, tmp_path, *METHOD, *groups)
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)

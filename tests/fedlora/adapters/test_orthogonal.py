@@ -130,6 +130,51 @@ def test_more_clients_than_rows_allow_are_refused_at_the_start(tiny: Compose) ->
     Federation(tiny(*DISJOINT, "adapter.rank=3")).build_meta_model()
 
 
+BY_PARITY = "data.group={{ 'even' if site[-1] in '02468' else 'odd' }}"
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (["adapter.groups=4"], lambda place, client: place % 4),
+        (["adapter.groups=natural", BY_PARITY], lambda place, client: int(client[-1]) % 2),
+    ],
+    ids=["in turn", "natural"],
+)
+def test_clients_of_a_group_have_the_same_rows_and_groups_have_orthogonal_ones(tiny: Compose, plan, expected) -> None:
+    federation = Federation(tiny(*DISJOINT, "adapter.rank=4", *plan))
+    model, clients = federation.build_model(), federation.clients
+    groups = [expected(place, client) for place, client in enumerate(clients)]
+    assert 1 < len(set(groups)) < len(clients)
+    first = {group: model.own_of(client) for client, group in zip(reversed(clients), reversed(groups), strict=True)}
+    for client, group in zip(clients, groups, strict=True):
+        assert_same(model.own_of(client), first[group])
+    for name in model.layers:
+        assert_orthonormal(torch.cat([each[f"{name}.lora_A.weight"] for each in first.values()]))
+
+
+def test_more_clients_fit_in_groups_and_too_many_groups_are_refused(tiny: Compose) -> None:
+    Federation(tiny(*DISJOINT, "adapter.rank=4", "adapter.groups=8")).build_meta_model()
+    with pytest.raises(InputError, match=r"8 groups adapter.rank = 5 rows.*32 input.*6 groups.*adapter.groups <= 6"):
+        Federation(tiny(*DISJOINT, "adapter.rank=5", "adapter.groups=8")).build_meta_model()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (["adapter.groups=10"], r"adapter.groups = 10, but there are only 9 training clients"),
+        (["adapter.groups=natural"], r"adapter.groups=natural.*the data names none. Set data.group"),
+        (["adapter.groups=2", "adapter.subspace=shared"], r"adapter.groups = 2 needs.*adapter.subspace=disjoint"),
+        (["adapter.groups=0"], r"adapter.groups"),
+        (["adapter.groups=regions"], r"adapter.groups"),
+        (["data.group=label"], r"data.group: client 'site \d\d' has rows of 2 groups, among them '\w+' and '\w+'"),
+    ],
+)
+def test_groups_that_are_not_there_are_refused(tiny: Compose, plan: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Federation(tiny(*DISJOINT, "adapter.rank=2", *plan)).build_meta_model()
+
+
 def test_too_many_directions_to_avoid_are_refused(tiny: Compose) -> None:
     plan = ["method=orthogonal", "adapter.subspace=complementary"]
     with pytest.raises(InputError, match=r"adapter.avoid = 29 leaves no 4 rows.*avoid <= 28"):

@@ -82,6 +82,13 @@ def test_json_values_stay_as_they_are_written_whatever_their_column_is_called(tm
     assert load_rows(data).iloc[0].to_dict() == {"text": "1577836800", "label": "2020-01-01", "client": "a"}
 
 
+def test_the_group_of_a_client_is_a_column_or_a_template(tmp_path: Path) -> None:
+    data = config("csv", write("csv", tmp_path), group="{{ 'high' if stars > 2 else 'low' }}")
+    assert load_rows(data)["group"].to_list() == ["high", "high", "low", "low"]
+    named = load_rows(config("csv", write("csv", tmp_path), group="stars"))
+    assert named["group"].to_list() == ["5", "3", "1", "2"]
+
+
 def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     assert load_rows(config(path=write("csv", tmp_path), limit=2))["label"].to_list() == [5, 3]
 
