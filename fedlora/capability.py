@@ -1,8 +1,8 @@
-"""What clients are able to train, where they differ: the rank and the modules of each.
+"""What clients are able to train, where they differ: the rank, the heads, the modules or the model of each.
 
 A setting declares it as a list, which clients get in turn in the order of their sorted ids, or as a distribution
-``{choice: share}``, from which each client draws once, by the seed and its id. A client whose modules are a part of
-those adapted holds the global model and trains its part; for the server everything else is as it was sent.
+``{choice: share}``, from which each client draws once, by the seed and its id. A client that trains some modules or
+heads holds the global model and trains its part; for the server everything else is as it was sent.
 """
 
 from __future__ import annotations
@@ -23,11 +23,19 @@ class Capability:
 
     Attributes:
         rank: of its factors; ``None``: that of the adapter.
+        heads: how many it trains in a round; ``None``: all of the adapter.
         modules: last names of the adapted modules that it trains; none: all of them.
+        model: its private model; ``None`` where all clients have the same backbone.
     """
 
     rank: int | None = None
+    heads: int | None = None
     modules: tuple[str, ...] = ()
+    model: str | None = None
+
+
+WHOLE = Capability()
+"""Of a client that trains everything."""
 
 
 def assigned(

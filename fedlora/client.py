@@ -162,7 +162,7 @@ class Worker:
             sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
             state |= self._sent(content, sent)
         moments = {} if restart else record.optimizer
-        keys = self.model.trains(parts, self.federation.capability(client).modules)
+        keys = self.model.trains(parts, self.federation.capability(client))
         member = self.member(self.narrowed(state, client), pool, server_round, client, moments, keys)
         return Job(message, client, server_round, pool, personal, references, parts, member)
 
@@ -176,7 +176,7 @@ class Worker:
 
     def start_of(self, client: str) -> State:
         """What ``client`` starts from before it hears from the server: the seeded start, and what is its own."""
-        start = self.model.held(self.initial, self.federation.capability(client).modules)
+        start = self.model.held(self.initial, self.federation.capability(client))
         return {**start, **self.model.own_of(client)}
 
     def _sent(self, content: RecordDict, layout: wire.Layout) -> State:

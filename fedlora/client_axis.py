@@ -3,8 +3,9 @@
 The rows of a batch belong to clients, one after the other. Frozen layers do not care; a layer with trained tensors
 must use each client's own on that client's rows. There are three ways to do it:
 
-- *grouped*: a linear layer that is trained as a whole (a factor of a low-rank adapter, the task head) multiplies the
-  rows of all clients with their weights in one grouped (for equal rows: batched) matrix product;
+- *grouped*: a linear layer that is trained as a whole (a factor of a low-rank adapter, a head of RAVAN with its scalar,
+  the task head) multiplies the rows of all clients with their weights in one grouped (for equal rows: batched) matrix
+  product;
 - *segment*: any other PEFT layer runs once for each client, on that client's rows with that client's tensors;
 - *vmap*: where every client has equally few rows, the same as one vectorised call.
 """
@@ -21,10 +22,13 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from fedlora.adapters import LowRankAdapter
+from fedlora.adapters.core import ScaledLinear
 from fedlora.model import AdaptedModel
 
 ALIGNED = {torch.float32: 4, torch.bfloat16: 8}
 """Inner and outer sizes of a grouped product must be multiples of this (16 bytes)."""
+LINEAR = (nn.Linear, ScaledLinear)
+"""The types of layers that are grouped; any other subclass may compute something else."""
 VMAP_TOKENS = 64
 """Clients with at most this many tokens each, all equally many, are vectorised instead of run one by one."""
 
@@ -33,7 +37,7 @@ class ClientAxis:
     """The layers of a model that hold trained tensors, and how each of them is run for many clients.
 
     Attributes:
-        grouped: plain linear layers and the keys of their trained weight and bias.
+        grouped: linear layers and the keys of their trained weight, bias and scalar.
         whole: PEFT layers that are run client by client, and the keys of their tensors by local name.
         missing: trained keys that are in no such layer; with one of them there is no client axis.
         vectorise: whether layers of :attr:`whole` may use ``vmap``.
@@ -50,18 +54,18 @@ class ClientAxis:
             assert isinstance(layer, nn.Module)
             named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
             of_clients = {name: id(tensor) for name, tensor in named if id(tensor) in keys}
-            linear = {id(p) for child in layer.modules() if type(child) is nn.Linear for p in child.parameters()}
+            linear = {id(p) for child in layer.modules() if type(child) in LINEAR for p in child.parameters()}
             if not (isinstance(model.adapter, LowRankAdapter) and linear.issuperset(of_clients.values())):
                 self.whole[layer] = {name: keys[tensor] for name, tensor in of_clients.items()}
         inside = {id(child) for layer in self.whole for child in layer.modules()}
-        self.grouped: dict[nn.Linear, tuple[str | None, str | None]] = {}
+        self.grouped: dict[nn.Linear, dict[str, str]] = {}
         for layer in model.module.modules():
-            if type(layer) is not nn.Linear or id(layer) in inside:
+            if not isinstance(layer, nn.Linear) or type(layer) not in LINEAR or id(layer) in inside:
                 continue
-            weight, bias = keys.get(id(layer.weight)), keys.get(id(layer.bias))
-            if weight is not None or bias is not None:
-                self.grouped[layer] = (weight, bias)
-        held = {key for pair in self.grouped.values() for key in pair}
+            trained = {name: keys[id(p)] for name, p in layer.named_parameters() if id(p) in keys}
+            if trained:
+                self.grouped[layer] = trained
+        held = {key for names in self.grouped.values() for key in names.values()}
         held |= {key for names in self.whole.values() for key in names.values()}
         self.missing = tuple(key for key in model.per_client if key not in held)
 
@@ -71,10 +75,9 @@ class ClientAxis:
         shares = _Shares(self.model, rows)
         pieces = {key: stacked[key].unbind(0) for names in self.whole.values() for key in names.values()}
         try:
-            for layer, (weight, bias) in self.grouped.items():
-                layer.forward = _grouped(  # type: ignore[method-assign]
-                    layer, None if weight is None else stacked[weight], None if bias is None else stacked[bias], shares
-                )
+            for layer, names in self.grouped.items():
+                own = {name: stacked[key] for name, key in names.items()}
+                layer.forward = _grouped(layer, own, shares)  # type: ignore[method-assign]
             for layer, names in self.whole.items():
                 layer.forward = _each(layer, names, stacked, pieces, shares, self.vectorise)  # type: ignore
             yield
@@ -107,9 +110,11 @@ class _Shares:
         return 1, self._known[key]
 
 
-def _grouped(
-    layer: nn.Linear, weight: Tensor | None, bias: Tensor | None, shares: _Shares
-) -> Callable[[Tensor], Tensor]:
+def _grouped(layer: nn.Linear, own: Mapping[str, Tensor], shares: _Shares) -> Callable[[Tensor], Tensor]:
+    weight, bias = own.get("weight"), own.get("bias")
+    if "scale" in own:
+        weight = own["weight"] * own["scale"].unsqueeze(-1)
+
     def forward(x: Tensor) -> Tensor:
         axis, counts = shares.of(layer, x)
         each = x.shape[1 + axis : -1].numel()

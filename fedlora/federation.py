@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from torch import nn
 from fedlora.adapters import Adapter, State, build_adapter
 from fedlora.adapters.injection import WeightsNeededError
 from fedlora.backbone import Backbone
-from fedlora.capability import Capability, assigned, modules_named
+from fedlora.capability import WHOLE, Capability, assigned, modules_named
 from fedlora.config import BackboneConfig, Config, DataConfig, PartitionConfig
 from fedlora.data.index import ClientIndex, build_index, groups_of_clients
 from fedlora.data.partition import assign_clients
@@ -111,6 +112,7 @@ class Federation:
         self.index, self.schema = self.dataset.index, self.dataset.schema
         self.adapter.clients = self.clients
         self.adapter.groups = groups_of_clients(self.dataset.rows, self.index)
+        self._capabilities: dict[str, Capability] = {}
         size = config.cohort.size
         if size is not None and size > len(self.clients):
             raise InputError(
@@ -155,14 +157,28 @@ class Federation:
     def capability(self, client: str) -> Capability:
         """What ``client`` is able to train; everything, if it is no training client."""
         if client not in self._positions:
-            return Capability()
-        place, seed = self._positions[client], self.config.seed
-        ranks = self.adapter.client_ranks
-        modules = self.backbone.client_models or self.adapter.config.client_modules
-        return Capability(
-            None if ranks is None else assigned(ranks, place, seed, "rank", client),
-            () if modules is None else modules_named(assigned(modules, place, seed, "modules", client)),
-        )
+            return WHOLE
+        known = self._capabilities.get(client)
+        if known is None:
+            drawn = {
+                name: assigned(choices, self._positions[client], self.config.seed, name, client)
+                for name, choices in self.differences.items()
+            }
+            if "modules" in drawn:
+                drawn["modules"] = modules_named(drawn["modules"])
+            known = self._capabilities[client] = Capability(**drawn)
+        return known
+
+    @cached_property
+    def differences(self) -> dict[str, Any]:
+        """What of :class:`~fedlora.capability.Capability` differs from client to client, and its choices."""
+        choices = {
+            "rank": self.adapter.client_ranks,
+            "heads": self.adapter.client_heads,
+            "modules": self.adapter.config.client_modules,
+            "model": self.backbone.client_models,
+        }
+        return {name: values for name, values in choices.items() if values is not None}
 
     @cached_property
     def _positions(self) -> dict[str, int]:

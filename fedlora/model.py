@@ -15,7 +15,7 @@ from fedlora.adapters.base import Adapter, Affinity, State
 from fedlora.adapters.factored import LowRankAdapter
 from fedlora.adapters.injection import inject, named_tensors
 from fedlora.adapters.probe import measured_delta
-from fedlora.capability import Capability
+from fedlora.capability import WHOLE, Capability
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
 from fedlora.packing import Packer
@@ -91,18 +91,18 @@ class AdaptedModel:
         """Every key whose tensor may differ from client to client while they train."""
         return self.trainable + self.own
 
-    def trains(self, parts: Iterable[str] = (), modules: Iterable[str] = ()) -> tuple[str, ...]:
-        """The trained keys of some factors of some modules, and of the head.
+    def trains(self, parts: Iterable[str] = (), capability: Capability = WHOLE) -> tuple[str, ...]:
+        """The trained keys of some factors of a client's modules, and of the head.
 
         Args:
-            parts: names of factors such as ``lora_A``; none: all.
-            modules: last names of adapted modules such as ``query`` or ``attention.output.dense``; none: all.
+            parts: names of factors such as ``lora_A``; none: all that the client is able to train.
+            capability: gives the modules, such as ``query`` or ``attention.output.dense``.
 
         Raises:
             FedloraError: the adapter has no trained factor of that name.
             InputError: it adapts no module of that name.
         """
-        wanted, suffixes = set(parts), tuple(modules)
+        wanted, suffixes = set(parts) or set(self.adapter.parts(capability)), capability.modules
         keys = [key for key in self.trainable if key not in self.head]
         known = {part_of(key) for key in keys}
         if not wanted <= known:
@@ -119,8 +119,8 @@ class AdaptedModel:
         rests = {key for key in keys if (wanted and part_of(key) not in wanted) or not key.startswith(inside)}
         return tuple(key for key in self.trainable if key not in rests)
 
-    def held(self, values: dict[str, Value], modules: Iterable[str]) -> dict[str, Value]:
-        """What of ``values``, one for each trained key, belongs to a client that trains ``modules``: all of them."""
+    def held(self, values: dict[str, Value], capability: Capability) -> dict[str, Value]:
+        """What of ``values``, one for each trained key, a client holds: all of them."""
         return values
 
     @property
@@ -246,7 +246,7 @@ class AdaptedModel:
 
     def answer_layout(self, capability: Capability, parts: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what a client sends that trained ``parts`` (none: all it can); see :meth:`trains`."""
-        trained = set(self.trains(parts, capability.modules))
+        trained = set(self.trains(parts, capability))
         return cut_shapes(self.shapes(key for key in self.shared if key in trained), capability.rank)
 
     def narrow(self, rank: int | None) -> None:

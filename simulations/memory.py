@@ -74,8 +74,8 @@ def step_bytes(federation: Federation, model: AdaptedModel) -> int:
     """Most bytes alive in a local step on the longest training rows: activations, gradients and optimiser moments."""
     settings = federation.config.client
     sizes = dict(zip(model.trainable, (parameter.numel() for parameter in model.parameters()), strict=True))
-    kinds = {federation.capability(client).modules for client in federation.clients}
-    trainable = max(sum(model.held(sizes, modules).values()) for modules in kinds)
+    kinds = {federation.capability(client) for client in federation.clients}
+    trainable = max(sum(model.held(sizes, kind).values()) for kind in kinds)
     rows = np.concatenate(list(federation.index.train.values()))
     clients = clients_in_step(federation, rows)
     state = trainable * (1 + MOMENTS[settings.optimizer])

@@ -101,7 +101,7 @@ def _traffic(
     counted = ours is None or ours.communicates
     if ours is not None:
         frozen = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.frozen).items()}
-        ours.begin_run(Server(frozen, lambda state: federation.public_gradients(model)))
+        ours.begin_run(Server(frozen, lambda state: federation.public_gradients(model), federation.capability))
     if counted and rounds and federation.adapter.needs_client_gradients:
         size = sum(prod(shape) for shape in model.weight_shapes.values()) * FP32
         for client in cohort(config, federation.clients, 1):
@@ -137,7 +137,7 @@ def _traffic(
                 _hashable(out.instructions),
             )  # fmt: skip
             sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up)
-            replies.append(Reply(client, completed(answer, shared), count, share, 0.0))
+            replies.append(Reply(client, completed(answer, shared), count, share, 0.0, frozenset(answer)))
         if not counted:
             sums = defaultdict(int)
         elif ours is not None:
@@ -207,8 +207,8 @@ def _blank(dtype: str, size: int) -> ArrayRecord:
 def _trainable(federation: Federation, model: AdaptedModel) -> int:
     """Trained parameters of a client, on average where clients have different models."""
     sizes = {key: prod(shape) for key, shape in model.shapes(model.trainable).items()}
-    kinds = Counter(federation.capability(client).modules for client in federation.clients)
-    held = sum(count * sum(model.held(sizes, modules).values()) for modules, count in kinds.items())
+    kinds = Counter(federation.capability(client) for client in federation.clients)
+    held = sum(count * sum(model.held(sizes, kind).values()) for kind, count in kinds.items())
     return round(held / kinds.total())
 
 
@@ -227,7 +227,7 @@ def _client_flops(federation: Federation, model: AdaptedModel) -> float:
     train = federation.index.train
     work = 0.0
     for client, rows in train.items():
-        each = own[federation.capability(client).modules[0]] if own else 4.0 * matrices
+        each = own[str(federation.capability(client).model)] if own else 4.0 * matrices
         whole = settings.batch_size * settings.grad_accumulation
         steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
         visits = steps * min(whole, len(rows)) if settings.local_steps else settings.local_epochs * len(rows)

@@ -29,7 +29,7 @@ from simulations.evaluator import Evaluation, Evaluator
 from simulations.probes import probes
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, Server, completed, exact_mean, weights
+from strategies.base import FederatedStrategy, Server, completed, exact_mean, mean_of_trainers, weights
 from strategies.stacking import mean_update
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
@@ -78,7 +78,7 @@ class FederatedRun:
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
         if self.ours is not None:
-            self.ours.begin_run(Server(self.frozen, self._public_gradients))
+            self.ours.begin_run(Server(self.frozen, self._public_gradients, self.federation.capability))
         self._setup = SetupGrid(self._metered(engine), self.frozen if self.sends_frozen else {}, self._delivered)
         self._delivered = self._setup.delivered
         return CodecGrid(self._setup, self.worker.layout, self.worker.answer_layout, self.config.wire.dtype)
@@ -191,9 +191,14 @@ class FederatedRun:
         shares = weights(examples, "examples") if self.ours is None else self.ours.shares(owners, examples)
         model = self.worker.model
         states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
+        trained = [frozenset(state) for state in states]
         states = [completed(state, self.state) for state in states]
         if model.affinity.affine and model.affinity.error is None:
-            mean = exact_mean(states, shares, [key for key in states[0] if key not in model.head])
+            compared = [key for key in states[0] if key not in model.head]
+            if self.ours is not None and self.ours.over_trainers:
+                mean = mean_of_trainers({key: self.state[key] for key in compared}, states, shares, trained)
+            else:
+                mean = exact_mean(states, shares, compared)
             return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
         dtype = torch.float64 if self.ours is not None and self.ours.exact else torch.float32
         if type(model.adapter) is not Lora:

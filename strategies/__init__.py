@@ -14,6 +14,7 @@ from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.local import Local
 from strategies.pfedlora import PFedLoRA
+from strategies.ravan import Ravan
 from strategies.rolora import RoLoRA
 from strategies.zero_shot import ZeroShot
 
@@ -33,6 +34,7 @@ __all__ = [
     "Local",
     "Outgoing",
     "PFedLoRA",
+    "Ravan",
     "Reply",
     "RoLoRA",
     "ZeroShot",

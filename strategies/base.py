@@ -20,6 +20,7 @@ from torch import Tensor
 from fedlora import wire
 from fedlora.adapters import State
 from fedlora.adapters.lora import Lora
+from fedlora.capability import Capability
 from fedlora.correction import CorrectionUpdate
 from fedlora.errors import InputError
 from fedlora.grid import ClientGrid
@@ -37,6 +38,7 @@ class Reply:
         examples: rows it trained on.
         weight: its share p_k of the aggregate; the weights of a round sum to 1.
         loss: its mean training loss.
+        trained: the keys of ``state`` that it trained and sent; ``None``: all.
     """
 
     client: str
@@ -44,6 +46,7 @@ class Reply:
     examples: int
     weight: float
     loss: float
+    trained: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,12 @@ class Server:
         frozen: the frozen tensors as they are when the run starts or is resumed.
         gradients: ``gradients(state)`` gives the summed loss gradients ``{module: [m, n]}`` of the public sample at the
             global model: these shared tensors, and the strategy's base correction as it is then. Shapes only in a plan.
+        capability: what a client is able to train.
     """
 
     frozen: State
     gradients: Callable[[State], State]
+    capability: Callable[[str], Capability]
 
 
 class FederatedStrategy(Strategy):
@@ -89,6 +94,9 @@ class FederatedStrategy(Strategy):
             that needs no training (``zero_shot``).
         client_ranks: whether clients may have LoRA factors of different rank (``adapter.client_ranks``); their replies
             then hold factors of that rank.
+        client_heads: whether clients may train different heads (``adapter.client_heads``).
+        over_trainers: whether each tensor's mean is one over the clients that trained it (:func:`mean_of_trainers`),
+            and not over all clients, of which some leave it as it was sent.
     """
 
     exact: ClassVar[bool | None] = False
@@ -96,6 +104,8 @@ class FederatedStrategy(Strategy):
     trains: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "global"
     client_ranks: ClassVar[bool] = False
+    client_heads: ClassVar[bool] = False
+    over_trainers: ClassVar[bool] = False
     own_subspaces: ClassVar[bool] = False
     restarts: bool = False
 
@@ -233,6 +243,7 @@ class FederatedStrategy(Strategy):
                 examples=count,
                 weight=share,
                 loss=float(cast(float, record["train_loss"])),
+                trained=frozenset(content["arrays"]) if "arrays" in content else None,
             )
             for (message, content), record, count, share in zip(contents, metrics, examples, shares, strict=True)
         ]
@@ -274,6 +285,31 @@ def weighted_mean(replies: Sequence[Reply], keys: Iterable[str] | None = None) -
     keys = list(replies[0].state if keys is None else keys)
     mean = exact_mean([reply.state for reply in replies], [reply.weight for reply in replies], keys)
     return {key: value.to(replies[0].state[key].dtype) for key, value in mean.items()}
+
+
+def mean_of_trainers(
+    sent: Mapping[str, Tensor],
+    states: Sequence[State],
+    shares: Sequence[float],
+    trained: Sequence[frozenset[str] | None],
+) -> State:
+    """Each tensor's mean in fp64 over the clients that trained it: sum_k p_k theta_k / sum_k p_k over these clients.
+
+    Args:
+        sent: the global state; what no client trained stays as it is.
+        states: of the clients, in cohort order.
+        shares: p_k.
+        trained: the keys that each client trained; ``None``: all.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for key in sent:
+        who = tuple(i for i, keys in enumerate(trained) if keys is None or key in keys)
+        groups.setdefault(who, []).append(key)
+    means: State = {key: sent[key].double() for key in groups.pop((), [])}
+    for who, keys in groups.items():
+        total = sum(shares[i] for i in who)
+        means |= exact_mean([states[i] for i in who], [shares[i] / total for i in who], keys)
+    return {key: means[key] for key in sent}
 
 
 def exact_mean(states: Sequence[State], shares: Sequence[float], keys: Iterable[str]) -> State:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.capability import modules_named
+from fedlora.capability import Capability, modules_named
 from fedlora.config import nearest
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
@@ -64,6 +64,11 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
             f"adapter.client_ranks gives clients different ranks, which {strategy_class.__name__} cannot aggregate. "
             "Use strategy=flora (exact) or strategy=flexlora, or adapter.client_ranks=null."
         )
+    if model.adapter.client_heads is not None and not getattr(strategy_class, "client_heads", False):
+        raise InputError(
+            f"adapter.client_heads lets clients train different heads, which {strategy_class.__name__} cannot "
+            "aggregate. Use strategy=ravan, or adapter.client_heads=null."
+        )
     if model.own and not getattr(strategy_class, "own_subspaces", False):
         raise InputError(
             f"adapter={model.adapter.label} gives every client a subspace of its own, and {strategy_class.__name__} "
@@ -77,7 +82,7 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
             "local_full."
         )
     for selection in model.adapter.config.client_modules or ():
-        model.trains(modules=modules_named(selection))
+        model.trains(capability=Capability(modules=modules_named(selection)))
     if model.adapter.config.client_modules is not None and not isinstance(strategy, FederatedStrategy):
         raise InputError(
             f"adapter.client_modules gives clients different modules, which {strategy_class.__name__} of Flower cannot "

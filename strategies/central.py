@@ -24,6 +24,7 @@ class Central(FederatedStrategy):
     exact: ClassVar[bool | None] = None
     communicates: ClassVar[bool] = False
     client_ranks: ClassVar[bool] = True
+    client_heads: ClassVar[bool] = True
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

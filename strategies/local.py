@@ -17,6 +17,7 @@ class Local(FederatedStrategy):
     exact: ClassVar[bool | None] = None
     communicates: ClassVar[bool] = False
     client_ranks: ClassVar[bool] = True
+    client_heads: ClassVar[bool] = True
     own_subspaces: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "personal"
 

@@ -15,6 +15,7 @@ class ZeroShot(FederatedStrategy):
     exact: ClassVar[bool | None] = None
     communicates: ClassVar[bool] = False
     client_ranks: ClassVar[bool] = True
+    client_heads: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     own_subspaces: ClassVar[bool] = True
     evaluation: ClassVar[Literal["global", "personal", "zero_shot"]] = "zero_shot"

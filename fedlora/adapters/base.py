@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor
 
+from fedlora.capability import Capability
 from fedlora.config import Settings, nearest, validate
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
@@ -97,6 +98,11 @@ class Adapter(ABC):
         return None
 
     @property
+    def client_heads(self) -> list[int] | dict[int, float] | None:
+        """How many of its heads clients train where they differ; see :mod:`fedlora.capability`."""
+        return None
+
+    @property
     def needs_public_sample(self) -> bool:
         """Whether :meth:`initialise` on the server needs gradients of a server-held public sample."""
         return False
@@ -109,6 +115,10 @@ class Adapter(ABC):
     @abstractmethod
     def peft_config(self) -> PeftConfig:
         """A new PEFT configuration that injects this adapter's layers."""
+
+    def parts(self, capability: Capability) -> tuple[str, ...]:
+        """The factors that a client of ``capability`` trains if it is not told which; none: all."""
+        return ()
 
     @abstractmethod
     def trains(self, key: str, tensor: Tensor) -> bool:

@@ -5,11 +5,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedlora.adapters.factored import factor_weight
+
+
+class ScaledLinear(nn.Linear):
+    """A square linear map ``[r, r]`` times a scalar ``[1]`` of its own: y = s W x."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, rank, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[..., r]`` to ``[..., r]``."""
+        return functional.linear(input, self.weight * self.scale)
 
 
 class CoreLinear(Linear):

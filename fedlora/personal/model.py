@@ -9,6 +9,7 @@ from torch import Tensor
 from fedlora.adapters.base import Adapter
 from fedlora.adapters.injection import seeded
 from fedlora.adapters.personal import PREFIX, PersonalAdapter
+from fedlora.capability import WHOLE, Capability
 from fedlora.errors import FedloraError, InputError
 from fedlora.model import AdaptedModel, Value
 from fedlora.packing import Packer
@@ -52,22 +53,22 @@ class PersonalModel(AdaptedModel):
         self._corrections = {}
         self.own_trainables()
 
-    def trains(self, parts: Iterable[str] = (), modules: Iterable[str] = ()) -> tuple[str, ...]:
-        """What a client holds and trains whose model is the one in ``modules`` (none: the only one there is).
+    def trains(self, parts: Iterable[str] = (), capability: Capability = WHOLE) -> tuple[str, ...]:
+        """What a client of ``capability`` holds and trains; without a model of its own, it has the only one there is.
 
         Raises:
             FedloraError: there are no factors to choose from, or no such model, or several.
         """
         if tuple(parts):
             raise FedloraError(f"{sorted(parts)} is no trained factor; adapter={self.adapter.label} is trained whole")
-        names = tuple(modules) or tuple(self.models.models)
+        names = (capability.model,) if capability.model else tuple(self.models.models)
         if len(names) != 1 or names[0] not in self.models.models:
             raise FedloraError(f"a client trains one of the models {list(self.models.models)}, not {list(names)}")
         return tuple(key for key in self.trainable if model_of(key) in (None, names[0]))
 
-    def held(self, values: dict[str, Value], modules: Iterable[str]) -> dict[str, Value]:
-        """What of ``values``, one for each trained key, belongs to a client whose model is the one in ``modules``."""
-        return {key: values[key] for key in self.trains(modules=modules)}
+    def held(self, values: dict[str, Value], capability: Capability) -> dict[str, Value]:
+        """What of ``values``, one for each trained key, a client holds: its model, and what is shared."""
+        return {key: values[key] for key in self.trains(capability=capability)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copy ``state`` into the model in place, and run from now on the model whose tensors are its first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedlora.capability import Capability
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.trainer import objective
 from fedlora.tasks import Task
@@ -26,7 +27,7 @@ def flops_per_row(model: PersonalModel, task: Task, picture: tuple[int, int, int
         model.models.current = name
         with FlopCounterMode(display=False) as counter:
             for phase in model.models.adapter.phases():
-                model.own_trainables(phase.keys(model.trains(modules=[name])))
+                model.own_trainables(phase.keys(model.trains(capability=Capability(model=name))))
                 objective(task, phase)(model.models, batch).backward()
         found[name] = counter.get_total_flops() / ROWS
     model.own_trainables()

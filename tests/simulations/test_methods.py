@@ -62,7 +62,7 @@ def begun(federation: Federation, model: AdaptedModel, frozen: State) -> Federat
     """The strategy of a run that starts, or is resumed, with these frozen tensors."""
     strategy = build_strategy(federation.config.strategy, model)
     assert isinstance(strategy, FederatedStrategy)
-    strategy.begin_run(Server(frozen, lambda state: federation.public_gradients(model)))
+    strategy.begin_run(Server(frozen, lambda state: federation.public_gradients(model), federation.capability))
     return strategy
 
 

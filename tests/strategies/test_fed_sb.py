@@ -82,7 +82,7 @@ def case(tiny: Compose, request: pytest.FixtureRequest) -> Case:
     strategy = FedSB(refresh=2)
     case = Case(federation, model, strategy, model.read(model.shared))
     strategy.prepare(model)
-    strategy.begin_run(Server(model.read(model.frozen), case.gradients))
+    strategy.begin_run(Server(model.read(model.frozen), case.gradients, federation.capability))
     return case
 
 

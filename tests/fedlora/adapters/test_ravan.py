@@ -14,6 +14,7 @@ from fedlora import wire
 from fedlora.adapters import State
 from fedlora.adapters.base import ADAPTER_NAME
 from fedlora.adapters.factored import modules_of
+from fedlora.adapters.ravan import head_names
 from fedlora.client import Worker
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
@@ -23,7 +24,7 @@ from fedlora.model import AdaptedModel
 from fedlora.store import ClientStore
 from simulations.plan import plan_run
 from simulations.simulate import resume, start
-from strategies import Average
+from strategies import Ravan
 from strategies.base import Reply, weights
 from tests.conftest import Compose
 from tests.fedlora.helpers import (
@@ -66,15 +67,17 @@ def scaled(request: pytest.FixtureRequest, tiny: Compose, architecture: list[str
 
 def heads_by_hand(state: State, module: str, scale: float) -> torch.Tensor:
     """s sum_i s_i B_i H_i A_i, one head after the other."""
-    b, core, factors, a = (
+    return scale * sum(one_head(state, module, i) for i in range(HEADS))  # type: ignore[return-value]
+
+
+def one_head(state: State, module: str, i: int) -> torch.Tensor:
+    """s_i B_i H_i A_i."""
+    b, square, factor, a = (
         state[f"{module}.{name}"].double()
-        for name in ("lora_B.weight", "lora_H.weight", "lora_H.scale", "lora_A.weight")
+        for name in ("lora_B.weight", f"lora_H.head{i}.weight", f"lora_H.head{i}.scale", "lora_A.weight")
     )
-    r = core.shape[1]
-    total = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
-    for i, (square, factor) in enumerate(zip(core, factors, strict=True)):
-        total += scale * factor * b[:, i * r : (i + 1) * r] @ square @ a[i * r : (i + 1) * r]
-    return total
+    r = len(square)
+    return factor * b[:, i * r : (i + 1) * r] @ square @ a[i * r : (i + 1) * r]
 
 
 def far(model: AdaptedModel, seed: int = 0) -> State:
@@ -113,9 +116,9 @@ def test_the_model_starts_as_the_backbone_and_every_head_learns_from_the_first_s
     model.own_trainables()
     federation.task.loss(model.module, batch).backward()
     for name, layer in model.layers.items():
-        core = layer.lora_H[ADAPTER_NAME]
-        assert (core.weight.grad.flatten(1).norm(dim=1) > 0).all(), name
-        assert not core.scale.grad.any(), name  # H is 0
+        for head in layer.lora_H[ADAPTER_NAME].values():
+            assert head.weight.grad.norm() > 0, name
+            assert not head.scale.grad.any(), name  # H is 0
 
 
 def test_the_heads_of_a_layer_are_orthonormal_and_orthogonal_to_each_other(
@@ -171,12 +174,12 @@ def test_the_average_of_products_is_exact_and_that_of_squares_and_scalars_is_not
         )
         for module in model.layers
     }
-    strategy = Average()
+    strategy = Ravan()
     strategy.prepare(model)
-    start_state = model.read(model.shared)
 
     def error(sent: Sequence[State], keys: Sequence[str]) -> float:
-        folded = strategy.fold(1, start_state, replies_of([{key: state[key] for key in keys} for state in sent]))
+        states = [{key: state[key] for key in keys} for state in sent]
+        folded = strategy.fold(1, model.read(keys), replies_of(states))
         return relative_distance(expected, model.delta(folded))
 
     products = [key for key in model.shared if key not in model.head]
@@ -190,7 +193,7 @@ def test_a_client_sends_products_only_and_begins_the_next_round_with_scalars_of_
     federation = Federation(tiny(*SIZE, "client.local_epochs=3"))
     worker = Worker(federation, ClientStore(tmp_path))
     model, client = worker.model, federation.clients[0]
-    assert len(model.rounds) == len(model.layers)
+    assert len(model.rounds) == len(model.layers) * HEADS
     arrays = wire.pack(model.read(model.shared))
     job = worker.open(request(1, arrays, **{"client-id": client}))
     trained = worker.trainer.train([job.member])[0]
@@ -201,13 +204,14 @@ def test_a_client_sends_products_only_and_begins_the_next_round_with_scalars_of_
     assert not set(layout) & set(model.rounds)
     sent = wire.unpack(reply.content.array_records["arrays"], layout)
     for module in modules_of(sent):
-        scalars = trained.state[f"{module}.lora_H.scale"]
-        assert (scalars != 1).all()
-        product = trained.state[f"{module}.lora_H.weight"] * scalars.view(-1, 1, 1)
-        assert torch.equal(sent[f"{module}.lora_H.weight"], product)
+        for name in head_names(range(HEADS)):
+            scalar = trained.state[f"{module}.lora_H.{name}.scale"]
+            assert scalar != 1
+            product = trained.state[f"{module}.lora_H.{name}.weight"] * scalar
+            assert torch.equal(sent[f"{module}.lora_H.{name}.weight"], product)
     again = worker.open(request(1, wire.pack(sent), **{"client-id": client, "server-round": 2}))
     for key in model.rounds:
-        assert torch.equal(again.member.state[key], torch.ones(HEADS))
+        assert torch.equal(again.member.state[key], torch.ones(1))
 
 
 def test_a_client_alone_keeps_products_and_scalars_of_one(tiny: Compose, tmp_path: Path) -> None:
@@ -216,8 +220,8 @@ def test_a_client_alone_keeps_products_and_scalars_of_one(tiny: Compose, tmp_pat
     kept = [store.read(client, 1000).private for client in store.clients()]
     scalars = [value for state in kept for key, value in state.items() if key.endswith(".scale")]
     assert scalars
-    assert all(torch.equal(value, torch.ones(3)) for value in scalars)
-    assert all(value.any() for state in kept for key, value in state.items() if key.endswith(".lora_H.weight"))
+    assert all(torch.equal(value, torch.ones(1)) for value in scalars)
+    assert all(value.any() for state in kept for key, value in state.items() if ".lora_H." in key)
 
 
 def test_peft_loads_the_heads_as_one_plain_lora(scaled: tuple[Federation, float], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ CLIENT = "client-0003"  # a Wide one
 
 
 def member_of(worker: Worker, client: str = CLIENT) -> Member:
-    keys = worker.model.trains(modules=worker.federation.capability(client).modules)
+    keys = worker.model.trains(capability=worker.federation.capability(client))
     return worker.member(worker.start_of(client), [client], 1, client, keys=keys)
 
 
@@ -112,8 +112,8 @@ def test_the_answer_mixes_both_logits_by_mu(worker: Worker) -> None:
 
 def test_clients_have_the_models_in_turn(worker: Worker) -> None:
     federation = worker.federation
-    names = [federation.capability(client).modules for client in federation.clients]
-    assert names == [("Narrow",), ("Wide",)] * 5
+    names = [federation.capability(client).model for client in federation.clients]
+    assert names == ["Narrow", "Wide"] * 5
 
 
 def test_prototypes_pull_features_and_are_the_means_of_each_class(digits: Compose, tmp_path: Path) -> None:
