@@ -173,6 +173,7 @@ class FederatedRun:
     def _expected(self, replies: list[Message], grid: ClientGrid) -> dict[str, LowRank] | None:
         """The exact mean of the clients' dW (or their sum: ``shares`` of the strategy); ``None`` where there is none.
 
+        Of a strategy that averages each tensor over its trainers it is what it promises: that mean, in fp64.
         Where dW is affine by its formula it is the dW of the mean, which costs least. LoRA's products are made block by
         block, and only seen through a few directions where the cohort is large (:meth:`_seen`). Products are in fp64
         where the strategy promises to be exact; next to the error of others the 3e-7 of fp32 is nothing, and costs
