@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import psutil
@@ -32,7 +32,12 @@ from transformers.utils import logging
 from fedlora.config import BackboneConfig, nearest
 from fedlora.errors import InputError
 from fedlora.packaged import minilm_folder, smollm2_folder
+from fedlora.resident import Loaded, Resident, copy_of
 from fedlora.seeding import derive_seed
+
+
+RESIDENT = Resident()
+"""What this process has loaded last, whichever run asks for it."""
 
 
 @dataclass(frozen=True)
@@ -208,26 +213,45 @@ class Backbone:
         Raises:
             InputError: the weights cannot be read, or the architecture cannot do what the settings ask.
         """
+        heads, seed = tuple(heads), derive_seed(seed, "head")
+        load = partial(self._loaded, auto_class, seed, quantized, heads, dtype, overrides)
+        if self.path is None:
+            return load().module
+        if quantized and self.settings.quantization != "none":
+            return copy_of(load(), seed)
+        key = (self.settings.model_dump_json(), self.path, auto_class, heads, dtype, repr(sorted(overrides.items())))
+        return copy_of(RESIDENT.get(key, load), seed)
+
+    def _loaded(
+        self,
+        auto_class: Any,
+        seed: int,
+        quantized: bool,
+        heads: tuple[str, ...],
+        dtype: torch.dtype,
+        overrides: dict[str, Any],
+    ) -> Loaded:
+        """The model with the weights of its checkpoint, and what that lacks; everything else drawn from ``seed``."""
         config = self.config(**overrides)
-        heads = tuple(heads)
         self._require_memory(auto_class, quantized, overrides, dtype)
         options: dict[str, Any] = {"dtype": dtype}
         loaded: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # of the head only
+        lacking: set[str] = set()
         if self.settings.attention is not None:
             options["attn_implementation"] = self.settings.attention
         if quantized and self.settings.quantization != "none":
             options["quantization_config"] = _quantization(self.settings.quantization, heads, dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "head"))
-            try:
-                with _quiet_transformers():
-                    if self.path is None:
-                        model = auto_class.from_config(config, **options)
-                    else:
-                        model, report = auto_class.from_pretrained(self.path, config=config, **options, **loaded)
-                        self._check_shapes(report, heads)
-            except (OSError, ValueError, ImportError) as error:
-                raise InputError(f"{self.described} does not load: {_first_line(error)}") from error
+        try:
+            with torch.random.fork_rng(devices=[]), _quiet_transformers():
+                torch.manual_seed(seed)
+                if self.path is None:
+                    model = auto_class.from_config(config, **options)
+                else:
+                    model, report = auto_class.from_pretrained(self.path, config=config, **options, **loaded)
+                    self._check_shapes(report, heads)
+                    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"{self.described} does not load: {_first_line(error)}") from error
         for layer in model.modules():
             if hasattr(layer, "support_avx512bf16_for_cpu"):
                 layer.support_avx512bf16_for_cpu = False  # else a forward pass in bf16 repacks 4-bit weights in place
@@ -238,7 +262,7 @@ class Backbone:
                 if name in heads:
                     head.float().register_forward_pre_hook(_in_fp32)
         model.config.use_cache = False  # nothing but generation, which asks for it, reads what would be kept
-        return model.eval().requires_grad_(False)
+        return Loaded(model.eval().requires_grad_(False), frozenset(map(str, lacking)))
 
     def _require_memory(self, auto_class: Any, quantized: bool, overrides: dict[str, Any], dtype: torch.dtype) -> None:
         """Refuse weights that do not fit this machine; models are held whole by one process."""

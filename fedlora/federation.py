@@ -52,29 +52,35 @@ def _task(task: str, backbone: str) -> Task:
 
 
 @lru_cache(maxsize=2)
-def _dataset(data: str, partition: str, task: str, backbone: str, seed: int) -> Dataset:
+def _rows(data: str, task: str, backbone: str) -> tuple[pd.DataFrame, Schema]:
     work = _task(task, backbone)
-    data_config = DataConfig.model_validate_json(data)
-    rows = load_rows(data_config, work.columns, work.nested)
-    schema = work.schema(rows)
+    rows = load_rows(DataConfig.model_validate_json(data), work.columns, work.nested)
+    return rows, work.schema(rows)
+
+
+@lru_cache(maxsize=16)
+def _dataset(data: str, partition: str, task: str, backbone: str, seed: int) -> Dataset:
+    rows, schema = _rows(data, task, backbone)
     partition_config = PartitionConfig.model_validate_json(partition)
     clients = assign_clients(rows, partition_config, seed)
-    return Dataset(rows, schema, build_index(clients, data_config.split, partition_config, seed))
+    return Dataset(
+        rows, schema, build_index(clients, DataConfig.model_validate_json(data).split, partition_config, seed)
+    )
 
 
 @lru_cache(maxsize=2)
-def _encoded(data: str, partition: str, task: str, backbone: str, seed: int, max_length: int) -> EncodedRows:
-    dataset = _dataset(data, partition, task, backbone, seed)
+def _encoded(data: str, task: str, backbone: str, max_length: int) -> EncodedRows:
+    rows, schema = _rows(data, task, backbone)
     work = _task(task, backbone)
-    rows = dataset.rows.drop(columns=list(OWNERS), errors="ignore")
+    rows = rows.drop(columns=list(OWNERS), errors="ignore")
     if "image" in rows:
-        return work.encode(rows, dataset.schema, max_length)
+        return work.encode(rows, schema, max_length)
     words = pd.DataFrame(
         {name: values.map(_written) if values.dtype == object else values for name, values in rows.items()}
     )
     content = hash_pandas_object(words, index=False).to_numpy()
-    key = [_code_of(work), work.encoding_key, str(max_length), repr(dataset.schema), content.tobytes()]
-    return cached(key, lambda: work.encode(rows, dataset.schema, max_length))
+    key = [_code_of(work), work.encoding_key, str(max_length), repr(schema), content.tobytes()]
+    return cached(key, lambda: work.encode(rows, schema, max_length))
 
 
 def _written(value: object) -> str:
@@ -101,14 +107,9 @@ class Federation:
         self.backbone = Backbone.from_config(config.backbone)
         self.adapter: Adapter = build_adapter(config.adapter)
         self.task = build_task(config.task, self.backbone)
-        self._key = (
-            config.data.model_dump_json(),
-            config.partition.model_dump_json(),
-            json.dumps(config.task),
-            config.backbone.model_dump_json(),
-            config.seed,
-        )
-        self.dataset = _dataset(*self._key)
+        data, task, backbone = config.data.model_dump_json(), json.dumps(config.task), config.backbone.model_dump_json()
+        self._key = data, task, backbone
+        self.dataset = _dataset(data, config.partition.model_dump_json(), task, backbone, config.seed)
         self.index, self.schema = self.dataset.index, self.dataset.schema
         self.adapter.clients = self.clients
         self.adapter.groups = groups_of_clients(self.dataset.rows, self.index)
