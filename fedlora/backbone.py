@@ -35,7 +35,6 @@ from fedlora.packaged import minilm_folder, smollm2_folder
 from fedlora.resident import Loaded, Resident, copy_of
 from fedlora.seeding import derive_seed
 
-
 RESIDENT = Resident()
 """What this process has loaded last, whichever run asks for it."""
 

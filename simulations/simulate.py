@@ -20,6 +20,7 @@ from fedlora.notices import notices
 from simulations.callbacks import Callback, ProgressBar
 from simulations.engines.build import run_on_engine
 from simulations.engines.choose import settle
+from simulations.engines.pool import Pools
 from simulations.finish import finish, merge_finished
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder
@@ -29,8 +30,22 @@ log = logging.getLogger("fedlora")
 NOTICES = logging.getLogger("fedlora.notices")
 
 
-def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+def start(
+    config: Config,
+    run_dir: Path,
+    *,
+    merged: bool = False,
+    callbacks: Sequence[Callback] = (),
+    pools: Pools | None = None,
+) -> dict[str, Any]:
     """Run ``config`` in the new folder ``run_dir`` and return its summary.
+
+    Args:
+        config: of the run.
+        run_dir: its folder, which may not hold a run yet.
+        merged: whether the whole model is written, too.
+        callbacks: told of every round.
+        pools: keeps Ray actors for the next run of this process; the caller closes it.
 
     Raises:
         InputError: the configuration or the data cannot work, or a run is there already. Nothing is left behind then.
@@ -43,7 +58,7 @@ def start(config: Config, run_dir: Path, *, merged: bool = False, callbacks: Seq
     _check(worker, strategy)
     reasons = settle(worker, getattr(strategy, "trains", True))
     folder.create(worker.federation.config)
-    return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=reasons)
+    return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=reasons, pools=pools)
 
 
 def _check(worker: Worker, strategy: Strategy) -> None:
@@ -61,7 +76,9 @@ def _check(worker: Worker, strategy: Strategy) -> None:
         main_value(federation.task, federation.task.metrics(found))
 
 
-def resume(run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+def resume(
+    run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback] = (), pools: Pools | None = None
+) -> dict[str, Any]:
     """Finish the run in ``run_dir`` from its newest checkpoint; a finished run only returns its summary.
 
     Raises:
@@ -74,14 +91,20 @@ def resume(run_dir: Path, *, merged: bool = False, callbacks: Sequence[Callback]
         if config.checkpoint.every == 0:
             raise InputError(f"{folder.path} was run with checkpoint.every=0, so there is nothing to resume from.")
         worker = Worker(Federation(config), folder.store)
-        return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=settle(worker))
+        return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=settle(worker), pools=pools)
     if merged and not folder.merged.exists():
         merge_finished(config, folder)
     return summary
 
 
 def _run(
-    worker: Worker, folder: RunFolder, *, merged: bool, callbacks: Sequence[Callback], reasons: Sequence[str]
+    worker: Worker,
+    folder: RunFolder,
+    *,
+    merged: bool,
+    callbacks: Sequence[Callback],
+    reasons: Sequence[str],
+    pools: Pools | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     handler = logging.FileHandler(folder.log_file)
@@ -97,7 +120,7 @@ def _run(
         _log_start(worker, reasons)
         strategy = build_strategy(worker.federation.config.strategy, worker.model)
         run = FederatedRun(worker, strategy, folder, callbacks)
-        run_on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine)
+        run_on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine, pools)
         summary = finish(run, time.perf_counter() - started, merged)
         for callback in callbacks:
             callback.on_end(summary)

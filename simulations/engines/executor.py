@@ -38,9 +38,6 @@ class Executor(Protocol):
         """Train every cohort; yields the number of each and its members' results, as they are ready."""
         ...
 
-    def close(self) -> None:
-        """Give back what is held outside of this process."""
-
 
 class LocalExecutor:
     """This process, one cohort after the other."""
@@ -58,6 +55,3 @@ class LocalExecutor:
         for number, work in enumerate(works):
             self.trainer.hold(work.frozen)
             yield number, self.trainer.train(work.members)
-
-    def close(self) -> None:
-        """Nothing to give back."""

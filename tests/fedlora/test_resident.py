@@ -31,7 +31,7 @@ SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
 MODELS = {
     "bert": lambda: BertModel(BertConfig(**SMALL)),
     "roberta": lambda: RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=40), add_pooling_layer=False),
-    "distilbert": lambda: DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=24)),
+    "distilbert": lambda: DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2)),
     "gpt2": lambda: GPT2Model(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True, pad_token_id=0)),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from fedlora.federation import Federation
 from fedlora.store import ClientStore
 from simulations.callbacks import Callback
 from simulations.engines.actors import RayExecutor
+from simulations.engines.pool import ActorPool, Pools
 from simulations.sampler import cohort
 from simulations.simulate import resume, start
 from tests.conftest import Compose
@@ -59,13 +60,50 @@ def test_any_number_of_workers_gives_the_same_bits(tiny: Compose, tmp_path: Path
         assert_same_run(tmp_path / "0", tmp_path / str(workers))
 
 
+def actors_of(folder: Path) -> list[int]:
+    return list(map(int, re.findall(r"'pid': (\d+)", (folder / "log.txt").read_text())))
+
+
+def test_runs_that_share_actors_have_the_bits_of_runs_that_do_not(tiny: Compose, tmp_path: Path) -> None:
+    runs = {"a": ["method=fedex"], "b": ["method=fed_sb", "seed=2"], "c": ["method=fedit", "engine.tokens=60"]}
+    pools = Pools()
+    try:
+        for name, settings in runs.items():
+            config = tiny(*COHORT, *settings, "engine.workers=2", "rounds=2")
+            start(config, tmp_path / name, pools=pools)
+    finally:
+        pools.close()
+    assert actors_of(tmp_path / "a") == actors_of(tmp_path / "b") == actors_of(tmp_path / "c")
+    assert not psutil.wait_procs([psutil.Process(p) for p in actors_of(tmp_path / "a") if psutil.pid_exists(p)], 30)[1]
+    for name, settings in runs.items():
+        start(tiny(*COHORT, *settings, "engine.workers=0", "rounds=2"), tmp_path / f"{name} alone")
+        assert_same_run(tmp_path / name, tmp_path / f"{name} alone")
+
+
+def test_what_two_runs_have_in_common_lies_in_the_object_store_once(tiny: Compose, tmp_path: Path) -> None:
+    trainers = [
+        Worker(Federation(tiny(f"method={method}")), ClientStore(tmp_path)).trainer for method in ("fedit", "fed_sb")
+    ]
+    pool = ActorPool(tiny("engine.workers=1").engine)
+    try:
+        pool.hold(trainers[0])
+        first = dict(pool._objects)
+        pool.hold(trainers[1])
+        embeddings = trainers[0].model.module.bert.embeddings.word_embeddings.weight  # pyright: ignore
+        place = (embeddings.data_ptr(), embeddings.nbytes)
+        assert first[place][1] == pool._objects[place][1]
+        assert first.keys() == pool._objects.keys()
+    finally:
+        pool.close()
+
+
 def placed(tiny: Compose, folder: Path, workers: int) -> list[dict[str, Any]]:
     worker = Worker(Federation(tiny(f"engine.workers={workers}")), ClientStore(folder))
-    executor = RayExecutor(worker.trainer, worker.federation.config.engine)
+    pool = ActorPool(worker.federation.config.engine)
     try:
-        return executor.describe()
+        return RayExecutor(worker.trainer, pool).describe()
     finally:
-        executor.close()
+        pool.close()
 
 
 @pytest.mark.parametrize("workers", [2, 4])
