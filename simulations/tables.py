@@ -17,24 +17,27 @@ def console() -> Console:
     return out if out.is_terminal else Console(width=140)
 
 
-def comparison(summaries: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run: accuracy, clients, bytes, exactness, time."""
+def comparison(summaries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> Table:
+    """One row a run: accuracy, clients, bytes, exactness, time; ``names`` say what else sets the runs apart."""
     metric = summaries[0]["main_metric"].replace("_", " ")
     table = Table(title=f"{metric}, last round", title_justify="left")
     table.add_column("method", no_wrap=True)
+    if any(names):
+        table.add_column("trial")
     tuned = any(summary["final"]["personalised_clients"] for summary in summaries)
     for column in (
         "valid", "test", "client mean", "worst 10%", *(["tuned mean", "tuned 10%"] if tuned else []),
         "up/round", "down/round", "setup", "agg. error", "seconds",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
-    for summary in summaries:
+    for number, summary in enumerate(summaries):
         final, name = summary["final"], summary["main_metric"]
         clients, personal = final["clients"] or {}, final["personalised_clients"] or {}
         sent = summary["communicates"]
         error = summary["aggregation_error"]
         table.add_row(
             escape(summary["label"]),
+            *([escape(names[number])] if any(names) else []),
             _number(final["metrics"].get(f"validation_{name}")),
             _number(final["metrics"].get(f"test_{name}")),
             _number(clients.get("mean")),

@@ -26,13 +26,12 @@ class Work:
 
 
 class Executor(Protocol):
-    """Trains cohorts.
+    """Trains cohorts."""
 
-    Attributes:
-        halved: how often a cohort did not fit the memory and was cut in two, since the start of the run.
-    """
-
-    halved: int
+    @property
+    def halved(self) -> int:
+        """How often a cohort did not fit the memory and was cut in two, since the start of the run."""
+        ...
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, list[Trained]]]:
         """Train every cohort; yields the number of each and its members' results, as they are ready."""

@@ -1,0 +1,129 @@
+"""``fedlora simulate``: a run or a sweep through Hydra, and the table of what came of it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.text import Text
+
+from simulations import compose, tables
+from simulations.engines.pool import Pools
+from simulations.messages import report, say
+from simulations.run_folder import RunFolder
+from simulations.simulate import start
+from simulations.sweep import SweepStart, Trial, TrialLog, remove_if_empty, run_trial
+
+
+class Launch:
+    """What Hydra calls, once for a run and once for every trial of a sweep.
+
+    A launcher may call it in another process: then nothing that it keeps comes back, and the table is made from what
+    the trials have written.
+    """
+
+    def __init__(self, merged: bool, debug: bool) -> None:
+        """``merged``: whether whole models are written, too; ``debug``: whether errors show where they came from."""
+        self.merged, self.debug = merged, debug
+        self.pools = Pools()
+        self.folder: Path | None = None
+        self.summary: dict[str, Any] | None = None
+        self.code = 0
+        self.seen: set[str] = set()
+
+    def __call__(self, composed: DictConfig) -> float:
+        """Run what Hydra has composed; returns the best validation value of the main metric, for sweepers."""
+        job = HydraConfig.get()
+        folder = Path(job.runtime.output_dir)
+        try:
+            if job.mode is RunMode.MULTIRUN:
+                return self._trial(composed, folder, list(job.overrides.task))
+            self.folder = folder
+            self.summary = start(compose.to_config(composed), folder, merged=self.merged)
+            return best(self.summary)
+        except Exception as error:  # Hydra would print its own text
+            self.code = report(error, self.debug)
+            return float("nan")
+        finally:
+            remove_if_empty(folder)
+
+    def _trial(self, composed: DictConfig, folder: Path, overrides: list[str]) -> float:
+        trial, summary, error = run_trial(composed, folder, overrides, merged=self.merged, pools=self.pools)
+        self.seen.add(trial.config)
+        if error is not None and self.debug:
+            traceback.print_exception(error)
+        told(trial)
+        return float("nan") if summary is None else best(summary)
+
+
+def best(summary: dict[str, Any]) -> float:
+    """The best validation value of the main metric; not a number where nothing was validated."""
+    return float(summary["best"]["metrics"].get(f"validation_{summary['main_metric']}", "nan"))
+
+
+def told(trial: Trial) -> None:
+    """Say of a trial what its table does not."""
+    name = SweepStart.name_of(trial)
+    if trial.status == "kept":
+        say("note", f"{name}: finished already, in {trial.folder}/", "bold")
+    elif trial.status == "incompatible":
+        say("skipped", f"{name}: {trial.reason}")
+    elif trial.status == "failed":
+        say("failed", f"{name}: {trial.reason} The sweep goes on.", "bold red")
+
+
+def simulate(overrides: Sequence[str], *, multirun: bool, merged: bool, debug: bool) -> int:
+    """Run or sweep through Hydra, print the table, and return the exit status."""
+    launch = Launch(merged, debug)
+    SweepStart.log = None
+    arguments = [*(["--multirun"] if multirun else []), *compose.prepare_overrides(overrides)]
+    command_line, sys.argv = sys.argv, ["fedlora", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="config")(launch)()
+    finally:
+        sys.argv = command_line
+        launch.pools.close()
+    if SweepStart.log is not None:
+        return _swept(SweepStart.log, SweepStart.outcomes(), launch.seen)
+    if launch.summary is not None and launch.folder is not None:
+        _print([launch.summary], launch.folder)
+    return launch.code
+
+
+def _swept(log: TrialLog, trials: Sequence[Trial], seen: set[str]) -> int:
+    """Print the table of a sweep, and return its exit status: that of a failed trial, or 0 if any has a result."""
+    for trial in trials:
+        if trial.config not in seen:
+            told(trial)
+    results = [trial for trial in trials if trial.status in ("finished", "kept")]
+    if results:
+        summaries = [RunFolder(log.path / trial.folder).read_summary() for trial in results]
+        _print(
+            [summary for summary in summaries if summary],
+            log.path,
+            [SweepStart.name_of(trial, but="method") for trial in results],
+        )
+    counted = Counter(trial.status for trial in trials)
+    if set(counted) - {"finished"}:
+        said = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
+        tables.console().print(Text(f"{len(trials)} trials: {said}."))
+    codes = [trial.exit_code or 1 for trial in trials if trial.status in ("failed", "started")]
+    refused = [trial.exit_code for trial in trials if trial.status == "incompatible"]
+    return max(codes or ([] if results else refused), default=0)
+
+
+def _print(summaries: Sequence[dict[str, Any]], folder: Path, names: Sequence[str] = ()) -> None:
+    console = tables.console()
+    console.print(tables.comparison(summaries, names))
+    console.print(tables.caption(summaries))
+    for summary in summaries:
+        console.print(tables.samples(summary), end="")
+    console.print(Text(f"Run folder: {folder}"))
