@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections import Counter
@@ -40,33 +41,38 @@ class Launch:
         self.seen: set[str] = set()
 
     def __call__(self, composed: DictConfig) -> float:
-        """Run what Hydra has composed; returns the best validation value of the main metric, for sweepers."""
+        """Run what Hydra has composed; returns the best validation value of the main metric, for sweepers.
+
+        A trial without a result has the worst value, because sweepers stop at one that is not a number.
+        """
         job = HydraConfig.get()
         folder = Path(job.runtime.output_dir)
         try:
             if job.mode is RunMode.MULTIRUN:
-                return self._trial(composed, folder, list(job.overrides.task))
+                summary = self._trial(composed, folder, list(job.overrides.task))
+                maximised = job.sweeper.get("direction") == "maximize"
+                return best(summary) if summary else (-math.inf if maximised else math.inf)
             self.folder = folder
             self.summary = start(compose.to_config(composed), folder, merged=self.merged)
             return best(self.summary)
         except Exception as error:  # Hydra would print its own text
             self.code = report(error, self.debug)
-            return float("nan")
+            return math.nan
         finally:
             remove_if_empty(folder)
 
-    def _trial(self, composed: DictConfig, folder: Path, overrides: list[str]) -> float:
+    def _trial(self, composed: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any] | None:
         trial, summary, error = run_trial(composed, folder, overrides, merged=self.merged, pools=self.pools)
         self.seen.add(trial.config)
         if error is not None and self.debug:
             traceback.print_exception(error)
         told(trial)
-        return float("nan") if summary is None else best(summary)
+        return summary
 
 
 def best(summary: dict[str, Any]) -> float:
     """The best validation value of the main metric; not a number where nothing was validated."""
-    return float(summary["best"]["metrics"].get(f"validation_{summary['main_metric']}", "nan"))
+    return float(summary["best"]["metrics"].get(f"validation_{summary['main_metric']}", math.nan))
 
 
 def told(trial: Trial) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -97,6 +98,18 @@ def test_trials_in_processes_of_their_own_give_the_table_and_the_exit_status(
         "failed",
         "finished",
     ]
+
+
+def test_optuna_searches_for_the_best_validation_value(tiny_overrides: list[str], tmp_path: Path) -> None:
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3"]
+    space = ["hydra.sweeper.n_jobs=1", "client.lr=choice(1e-4,1e-2,1e30)", "client.local_epochs=3"]
+    done = fedlora(
+        "simulate", "-m", *tiny_overrides, "adapter.rank=4", "rounds=1", "run_dir=s", *search, *space, cwd=tmp_path
+    )
+    found = yaml.safe_load((tmp_path / "s" / "optimization_results.yaml").read_text())
+    finished = [t for t in trials(tmp_path / "s") if t.status != "failed"]
+    values = [best(json.loads((tmp_path / "s" / t.folder / "summary.json").read_text())) for t in finished]
+    assert found["best_value"] == max(values), done.stderr
 
 
 def test_the_fingerprint_is_of_the_configuration_and_not_of_its_folder(tiny: Compose) -> None:
