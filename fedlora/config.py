@@ -224,9 +224,18 @@ class PrivacyConfig(Settings):
 
 
 class TrackingConfig(Settings):
-    """Experiment trackers; ``none`` writes the run folder only."""
+    """Where the numbers of every round are shown beside the run folder.
 
-    name: Literal["none"]
+    Attributes:
+        name: ``none``, a tracker that accelerate knows (``tensorboard``, ``wandb``, ``mlflow``, ...), or the import or
+            file path of a class of one's own.
+        project: under which runs are collected, where the tracker has projects.
+        settings: further arguments of the tracker.
+    """
+
+    name: str
+    project: str = "fedlora"
+    settings: dict[str, Any] = {}
 
 
 class WireConfig(Settings):

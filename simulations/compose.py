@@ -19,7 +19,7 @@ from fedlora.errors import InputError
 from fedlora.plugins import is_plugin_path
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-OPEN_NODES = ("strategy.", "task.", "adapter.config.", "backbone.settings.")
+OPEN_NODES = ("strategy.", "task.", "adapter.config.", "backbone.settings.", "tracking.settings.")
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 

@@ -21,7 +21,8 @@ from simulations.engines.pool import Pools
 from simulations.messages import report, say
 from simulations.run_folder import RunFolder
 from simulations.simulate import start
-from simulations.sweep import SweepStart, Trial, TrialLog, remove_if_empty, run_trial
+from simulations.sweep import SweepStart, remove_if_empty, run_trial
+from simulations.trials import Trial, TrialLog
 
 
 class Launch:

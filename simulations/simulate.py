@@ -24,6 +24,7 @@ from simulations.engines.pool import Pools
 from simulations.finish import finish, merge_finished
 from simulations.rounds import FederatedRun
 from simulations.run_folder import RunFolder
+from simulations.tracking import Tracking
 from strategies.build import build_strategy
 
 log = logging.getLogger("fedlora")
@@ -56,9 +57,14 @@ def start(
     worker = Worker(Federation(config.model_copy(update={"run_dir": str(run_dir)})), folder.store)
     strategy = build_strategy(config.strategy, worker.model)
     _check(worker, strategy)
+    callbacks = [*callbacks, *_trackers(config, folder)]
     reasons = settle(worker, getattr(strategy, "trains", True))
     folder.create(worker.federation.config)
     return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=reasons, pools=pools)
+
+
+def _trackers(config: Config, folder: RunFolder) -> list[Callback]:
+    return [] if config.tracking.name == "none" else [Tracking(config, folder.path)]
 
 
 def _check(worker: Worker, strategy: Strategy) -> None:
@@ -91,6 +97,7 @@ def resume(
         if config.checkpoint.every == 0:
             raise InputError(f"{folder.path} was run with checkpoint.every=0, so there is nothing to resume from.")
         worker = Worker(Federation(config), folder.store)
+        callbacks = [*callbacks, *_trackers(config, folder)]
         return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=settle(worker), pools=pools)
     if merged and not folder.merged.exists():
         merge_finished(config, folder)

@@ -1,90 +1,28 @@
 """The trials of a sweep: each is run once, whatever becomes of the others, and the sweep's folder remembers which.
 
-``trials.jsonl`` has a line for every start and every end of a trial, with a hash of its configuration. A sweep that is
-repeated into the same folder keeps what is finished and resumes what was interrupted. Launchers may run trials in
-processes of their own, so this file is all that trials and the command that started them have in common.
+A sweep that is repeated into the same folder keeps what is finished and resumes what was interrupted. Launchers may
+run trials in processes of their own: ``trials.jsonl`` is all that trials and the command that started them share.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from fedlora import __version__
-from fedlora.config import Config
 from fedlora.errors import InputError
 from simulations.compose import to_config
 from simulations.engines.pool import Pools
 from simulations.messages import described
 from simulations.run_folder import RunFolder
 from simulations.simulate import resume, start
-
-FILE = "trials.jsonl"
-Status = Literal["started", "finished", "kept", "incompatible", "failed"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One line of ``trials.jsonl``.
-
-    Attributes:
-        overrides: what it was given, such as ``["method=ffa", "seed=2"]``.
-        config: hash of the configuration (:func:`fingerprint`), or the overrides where they give none.
-        folder: its run folder, inside that of the sweep.
-        status: ``kept``: finished by an earlier sweep; ``incompatible``: refused before anything was written.
-        reason: of a trial that left no result.
-        exit_code: 0, or what ``fedlora`` returns for that reason.
-    """
-
-    overrides: list[str]
-    config: str
-    folder: str
-    status: Status
-    reason: str | None = None
-    exit_code: int = 0
-
-
-def fingerprint(config: Config) -> str:
-    """A hash of everything that a run is asked for but its folder, and of the version of fedlora."""
-    text = __version__ + config.model_dump_json(exclude={"run_dir"})
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-class TrialLog:
-    """``trials.jsonl`` of the sweep in ``path``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, path / FILE
-
-    def add(self, trial: Trial) -> None:
-        """Append a line, in one write: several processes may do so at once."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(trial)) + "\n"
-        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
-
-    def read(self, skip: int = 0) -> list[Trial]:
-        """All lines but the first ``skip``; one cut short by a crash is left out."""
-        lines = self.file.read_text().splitlines()[skip:] if self.file.exists() else []
-        return [Trial(**json.loads(line)) for line in lines if line.endswith("}")]
-
-    def folder_of(self, config: str) -> str | None:
-        """Where a trial of this configuration is or was run, if that folder is still there."""
-        names = [trial.folder for trial in self.read() if trial.config == config]
-        return next((name for name in names[::-1] if RunFolder(self.path / name).config_file.exists()), None)
+from simulations.trials import Trial, TrialLog, fingerprint
 
 
 def run_trial(

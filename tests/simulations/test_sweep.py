@@ -15,7 +15,8 @@ from simulations.cli import main
 from simulations.engines.pool import Pools
 from simulations.launch import best
 from simulations.simulate import start
-from simulations.sweep import Trial, TrialLog, fingerprint, run_trial
+from simulations.sweep import run_trial
+from simulations.trials import Trial, TrialLog, fingerprint
 from tests.conftest import Compose
 from tests.simulations.test_cli import fedlora
 from tests.simulations.test_resume import KillAt, Killed, assert_same_run
