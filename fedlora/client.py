@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora import correction, wire
 from fedlora.adapters import State
-from fedlora.capability import Capability
+from fedlora.capability import announcement
 from fedlora.cohort import Member, Trained
 from fedlora.config import Config
 from fedlora.errors import FedloraError
 from fedlora.evaluation import loss_gradients
 from fedlora.federation import Federation
 from fedlora.grid import error_reply, parts_of
+from fedlora.layouts import Layouts
 from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.trainer import PersonalTrainer
@@ -39,6 +40,8 @@ from fedlora.training import pack_batches
 
 GRADIENTS = "gradients"
 """The instruction that asks a client for the summed gradients of its rows at the start of the run, not for training."""
+CAPABILITY = "capability"
+"""The record in which a client announces what it is able to train, when it is asked by a message of type ``query``."""
 KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train"}
 
 
@@ -77,8 +80,7 @@ class Worker:
         self.initial: State = self.model.read(self.model.per_client)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
         self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
-        self._layouts: dict[int | None, wire.Layout] = {}
-        self._answers: dict[tuple[Capability, tuple[str, ...]], wire.Layout] = {}
+        self._layouts = Layouts(self.model, federation.capability)
         self._unpacked: tuple[ArrayRecord, wire.Layout, State] | None = None
         self._packed = False
 
@@ -116,14 +118,23 @@ class Worker:
     def handle(self, message: Message) -> Message:
         """Train the client that ``message`` addresses and reply with its shared tensors and metrics.
 
+        A query is answered with what the client is able to train.
+
         Raises:
             FedloraError: the message cannot be understood, or training failed.
         """
+        if message.metadata.message_type == MessageType.QUERY:
+            return self._announcement(message)
         if asks_for_gradients(message):
             return self._gradients(message)
         job = self.open(message)
         self.trainer.hold(self.frozen(job.references))
         return self.close(job, self.trainer.train([job.member])[0])
+
+    def _announcement(self, message: Message) -> Message:
+        client = str(message.content.config_records["config"]["client-id"])
+        said = ConfigRecord(announcement(self.federation.capability(client)))
+        return Message(RecordDict({CAPABILITY: said}), reply_to=message)
 
     def _gradients(self, message: Message) -> Message:
         """Reply with ``{module: [m, n]}``, the gradients of the client's training rows at the start, summed."""
@@ -252,17 +263,11 @@ class Worker:
 
     def layout(self, client: str) -> wire.Layout:
         """Names and shapes of what travels to ``client``."""
-        rank = self.federation.capability(client).rank
-        if rank not in self._layouts:
-            self._layouts[rank] = self.model.layout(rank)
-        return self._layouts[rank]
+        return self._layouts.down(client)
 
     def answer_layout(self, client: str, parts: tuple[str, ...] = ()) -> wire.Layout:
         """Names and shapes of what travels from ``client`` when it was asked to train ``parts`` (none: everything)."""
-        key = self.federation.capability(client), parts
-        if key not in self._answers:
-            self._answers[key] = self.model.answer_layout(*key)
-        return self._answers[key]
+        return self._layouts.up(client, parts)
 
     def reset(self) -> None:
         """Put the model back to its seeded start, whatever it was used for before."""
@@ -321,6 +326,11 @@ def _key(kind: str, record: ArrayRecord) -> str:
     return f"{kind}-{hashlib.blake2b(record[wire.PACKED].data, digest_size=12).hexdigest()}"
 
 
+def asks_for_training(message: Message) -> bool:
+    """Whether a client is asked to train, and not for what it can train or for gradients."""
+    return message.metadata.message_type == MessageType.TRAIN and not asks_for_gradients(message)
+
+
 def asks_for_gradients(message: Message) -> bool:
     """Whether a client is asked for gradients instead of training."""
     return bool(message.content.config_records["config"].get(GRADIENTS, False))
@@ -333,13 +343,14 @@ def client_app(worker: Callable[[], Worker]) -> ClientApp:
     """
     app = ClientApp()
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
+    def handle(message: Message, context: Context) -> Message:
         try:
             return worker().handle(message)
         except FedloraError as error:
             return error_reply(message, str(error))
 
+    app.train()(handle)
+    app.query()(handle)
     return app
 
 

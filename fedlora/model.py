@@ -111,8 +111,8 @@ class AdaptedModel:
             if not any(f".{name}".endswith(f".{suffix}") for name in self.layers):
                 there = sorted({name.split(".")[-1] for name in self.layers})
                 raise InputError(
-                    f"adapter.client_modules names '{suffix}', and the adapter is in no module of that name. It is in "
-                    f"modules that end in: {', '.join(there)}."
+                    f"adapter.client_modules, or what a client announces, names '{suffix}', and the adapter is in no "
+                    f"module of that name. It is in modules that end in: {', '.join(there)}."
                 )
         named = [name for name in self.layers if not suffixes or f".{name}".endswith(tuple(f".{s}" for s in suffixes))]
         inside = tuple(f"{name}." for name in named)

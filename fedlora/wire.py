@@ -1,8 +1,8 @@
 """The wire format: one contiguous buffer a record, and the exact size of a message that carries it.
 
-Both ends know the layout (names and shapes) from the configuration, so a message holds tensor bytes and about a
-kilobyte of header. Flower stores every array with a 128-byte header and refuses bf16; a packed array has neither
-limit.
+Both ends know the layout (names and shapes) from the configuration and from what a client has announced, so a message
+holds tensor bytes and about a kilobyte of header. Flower stores every array with a 128-byte header and refuses bf16; a
+packed array has neither limit.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class Checkpoint:
         setup: whether clients are sent them.
         strategy: the strategy's own state.
         delivered: clients that hold the setup.
+        capabilities: what clients have announced, as they announced it.
         best: the best evaluation so far.
     """
 
@@ -45,6 +46,7 @@ class Checkpoint:
     setup: bool
     strategy: dict[str, Any]
     delivered: list[str]
+    capabilities: dict[str, dict[str, Any]]
     best: dict[str, Any] | None
 
 

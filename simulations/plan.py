@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora import wire
 from fedlora.adapters import State, registered
-from fedlora.client import GRADIENTS
+from fedlora.capability import announcement
+from fedlora.client import CAPABILITY, GRADIENTS
 from fedlora.config import Config
 from fedlora.federation import Federation
 from fedlora.grid import node_of, parts_of
@@ -95,6 +96,7 @@ def _traffic(
     setup = sum(prod(s) for s in model.shapes(model.frozen).values()) * FP32
     itemsize = wire.DTYPES[config.wire.dtype].itemsize
     delivered: set[str] = set()
+    met: set[str] = set()
     sends_frozen = federation.adapter.broadcast_frozen
     per_round: list[dict[str, int]] = []
     total: dict[str, int] = defaultdict(int)
@@ -117,6 +119,11 @@ def _traffic(
         replies = []
         for client, count, share in zip(chosen, examples, weights(examples, "examples"), strict=True):
             capability = federation.capability(client)
+            if federation.differences and client not in met:
+                met.add(client)
+                sums["message_down"] += _query(node_of(client), client, server_round)
+                said = ConfigRecord(announcement(capability))
+                sums["message_up"] += _reply(node_of(client), RecordDict({CAPABILITY: said}), MessageType.QUERY)
             out = ours.send(client, server_round, shared) if counted and ours is not None else Outgoing(shared)
             layout = model.answer_layout(capability, parts_of(out.instructions))
             sent = crop(out.state, model.layout(capability.rank))
@@ -185,17 +192,23 @@ def _message_up(node: int, examples: int, dtype: str, arrays: int) -> int:
     return _reply(node, RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}))
 
 
-def _reply(node: int, content: RecordDict) -> int:
+def _query(node: int, client: str, server_round: int) -> int:
+    """Length of the question what a client is able to train."""
+    config = ConfigRecord({"server-round": server_round, "client-id": client})
+    return wire.message_bytes(_request(RecordDict({"config": config}), node, MessageType.QUERY))
+
+
+def _reply(node: int, content: RecordDict, kind: str = MessageType.TRAIN) -> int:
     """Length of a reply."""
-    request = _request(RecordDict({"config": ConfigRecord()}), node)
+    request = _request(RecordDict({"config": ConfigRecord()}), node, kind)
     request.metadata.__dict__["_message_id"] = "0" * 64
     return wire.message_bytes(Message(content, reply_to=request))
 
 
-def _request(content: RecordDict, node: int) -> Message:
+def _request(content: RecordDict, node: int, kind: str = MessageType.TRAIN) -> Message:
     if TaskIdentity._run_id is None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-    return Message(content, node, MessageType.TRAIN)
+    return Message(content, node, kind)
 
 
 def _blank(dtype: str, size: int) -> ArrayRecord:

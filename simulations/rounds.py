@@ -17,12 +17,15 @@ from torch import Tensor
 from fedlora import wire
 from fedlora.adapters import State
 from fedlora.adapters.lora import Lora
+from fedlora.capability import Capability, announced, announcement
 from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
 from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
+from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from simulations import checkpoint
+from simulations.announcements import Capabilities
 from simulations.callbacks import Callback
 from simulations.client_gradients import GradientGrid, ask, summed
 from simulations.evaluator import Evaluation, Evaluator
@@ -59,12 +62,14 @@ class FederatedRun:
             self.frozen: State = worker.model.read(worker.model.frozen)
             self.ledger, self.completed, self.best = Ledger(), -1, None
             delivered: list[str] = []
+            self._known: dict[str, Capability] = {}
             self.sends_frozen = self.federation.adapter.broadcast_frozen
         else:
             at, self.ledger = saved
             self.state, self.frozen, self.completed, self.best = at.state, at.frozen, at.round, at.best
             checkpoint.restore_strategy(self.strategy, at.strategy)
             delivered, self.sends_frozen = at.delivered, at.setup
+            self._known = {client: announced(said, said) for client, said in at.capabilities.items()}
         folder.truncate_rounds(self.completed)
         self._saved_round = self.completed
         self._unrecorded = 0.0  # seconds after the previous round was written down: its checkpoint
@@ -77,11 +82,16 @@ class FederatedRun:
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
+        communicates = self.ours is None or self.ours.communicates
+        differences = self.federation.differences if communicates else {}
+        self._capabilities = Capabilities(self._metered(engine), self.worker.model, differences, self._known)
+        self._known = self._capabilities.known
         if self.ours is not None:
-            self.ours.begin_run(Server(self.frozen, self._public_gradients, self.federation.capability))
+            self.ours.begin_run(Server(self.frozen, self._public_gradients, self._capabilities.of))
         self._setup = SetupGrid(self._metered(engine), self.frozen if self.sends_frozen else {}, self._delivered)
         self._delivered = self._setup.delivered
-        return CodecGrid(self._setup, self.worker.layout, self.worker.answer_layout, self.config.wire.dtype)
+        layouts = Layouts(self.worker.model, self._capabilities.of)
+        return CodecGrid(self._setup, layouts.down, layouts.up, self.config.wire.dtype)
 
     def _metered(self, engine: ClientGrid) -> ClientGrid:
         return MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
@@ -109,7 +119,7 @@ class FederatedRun:
         grid = GradientGrid(self._metered(engine), model.weight_shapes)
         with self._clock("train"):
             replies = ask(grid, chosen)
-        failures = self._failures(0, chosen, replies, grid)
+        failures = self._failures(0, failed_in(replies, grid), len(replies))
         model.initialise(self.config.seed, summed(replies))
         self.state = model.read(model.shared)
         self.frozen = self.evaluator.frozen = model.read(model.frozen)
@@ -128,13 +138,14 @@ class FederatedRun:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         with self._clock("select"), collector_paused():
             chosen = cohort(self.config, self.federation.clients, server_round)
-            grid.begin_round(server_round, chosen)
+            refused = self._failures(server_round, self._capabilities.meet(server_round, chosen), len(chosen))
+            grid.begin_round(server_round, [client for client in chosen if client not in refused])
             before = wire.to_record(self.state)
             messages = self.strategy.configure_train(server_round, before, ConfigRecord(), grid)
             self._tell(lambda c: c.on_round_start(server_round, len(chosen)))
         with self._clock("train"):
             replies = list(grid.send_and_receive(messages))
-        failures = self._failures(server_round, chosen, replies, grid)
+        failures = refused | self._failures(server_round, failed_in(replies, grid), len(replies))
         with self._clock("aggregate"), collector_paused():
             expected = self._expected(replies, grid)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
@@ -157,14 +168,12 @@ class FederatedRun:
             self.sends_frozen = True
             self._setup.replace(frozen)
 
-    def _failures(
-        self, server_round: int, chosen: Sequence[str], replies: list[Message], grid: ClientGrid
-    ) -> dict[str, str]:
-        failed = {grid.client_of(r.metadata.src_node_id): reason_of(r) for r in replies if r.has_error()}
+    def _failures(self, server_round: int, failed: dict[str, str], asked: int) -> dict[str, str]:
+        """Note which clients failed and why; the round cannot go on if all that were ``asked`` did."""
         for client, reason in failed.items():
             self.ledger.refuse(server_round, client, reason)
             log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
-        if replies and len(failed) == len(replies):
+        if failed and len(failed) == asked:
             client, reason = next(iter(failed.items()))
             kind = InputError if reason.startswith("the loss is") else FedloraError
             raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
@@ -284,6 +293,7 @@ class FederatedRun:
             setup=self.sends_frozen,
             strategy=checkpoint.strategy_state(self.strategy),
             delivered=sorted(self._delivered),
+            capabilities={client: announcement(capability) for client, capability in self._known.items()},
             best=self.best,
         )
         checkpoint.save(self.folder.checkpoint, state, self.ledger, self._saved_round)
@@ -315,3 +325,8 @@ class FederatedRun:
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
+
+
+def failed_in(replies: Sequence[Message], grid: ClientGrid) -> dict[str, str]:
+    """Why clients failed, by client."""
+    return {grid.client_of(r.metadata.src_node_id): reason_of(r) for r in replies if r.has_error()}

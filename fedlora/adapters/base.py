@@ -116,6 +116,13 @@ class Adapter(ABC):
     def peft_config(self) -> PeftConfig:
         """A new PEFT configuration that injects this adapter's layers."""
 
+    def require(self, capability: Capability) -> None:  # noqa: B027  most adapters have neither rank nor heads to choose
+        """Refuse what a client announces that this adapter cannot give it.
+
+        Raises:
+            FedloraError: its rank or number of heads is too large.
+        """
+
     def parts(self, capability: Capability) -> tuple[str, ...]:
         """The factors that a client of ``capability`` trains if it is not told which; none: all."""
         return ()

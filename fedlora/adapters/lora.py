@@ -11,7 +11,8 @@ from pydantic import Field
 
 from fedlora.adapters.base import AdapterConfig, Drawn, InTurn, State, register
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig, factor_weight, seeded_uniform
-from fedlora.errors import InputError
+from fedlora.capability import Capability
+from fedlora.errors import FedloraError, InputError
 
 Rank = Annotated[int, Field(ge=1)]
 
@@ -54,6 +55,12 @@ class Lora(LowRankAdapter):
     def client_ranks(self) -> list[int] | dict[int, float] | None:
         """``adapter.client_ranks``; ``None`` also where a variant of LoRA has no such setting."""
         return getattr(self.config, "client_ranks", None)
+
+    def require(self, capability: Capability) -> None:
+        """A client trains a part of the common factors."""
+        rank, largest = capability.rank, self.sizes.rank
+        if rank is not None and rank > largest:
+            raise FedloraError(f"rank {rank} is above adapter.rank = {largest}: announce at most {largest}")
 
     @property
     def label(self) -> str:

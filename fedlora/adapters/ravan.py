@@ -24,7 +24,7 @@ from fedlora.adapters.base import ADAPTER_NAME, AdapterConfig, Drawn, InTurn, Pl
 from fedlora.adapters.core import CoreLinear, ScaledLinear
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig, factor_weight, modules_of
 from fedlora.capability import Capability
-from fedlora.errors import InputError
+from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
 
 
@@ -110,6 +110,14 @@ class Ravan(LowRankAdapter):
     def client_heads(self) -> list[int] | dict[int, float] | None:
         """``adapter.client_heads``."""
         return cast(RavanConfig, self.config).client_heads
+
+    def require(self, capability: Capability) -> None:
+        """A client trains some of the heads."""
+        heads = capability.heads
+        if heads is not None and heads > self.heads:
+            raise FedloraError(
+                f"{heads} heads are more than adapter.heads = {self.heads}: announce at most {self.heads}"
+            )
 
     @property
     def label(self) -> str:

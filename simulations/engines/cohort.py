@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.client import Job, Worker, asks_for_gradients
+from fedlora.client import Job, Worker, asks_for_training
 from fedlora.cohort import Trained, member_steps
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
@@ -55,10 +55,10 @@ class CohortGrid(ClientGrid):
         jobs: list[Job] = []
         for request in requests:
             try:
-                if asks_for_gradients(request):
-                    replies[request.metadata.message_id] = self._answered(self.worker.handle(request))
-                else:
+                if asks_for_training(request):
                     jobs.append(self.worker.open(request))
+                else:
+                    replies[request.metadata.message_id] = self._answered(self.worker.handle(request))
             except FedloraError as error:
                 replies[request.metadata.message_id] = self._answered(error_reply(request, str(error)))
         cohorts, halved = self.cohorts(jobs), self.executor.halved

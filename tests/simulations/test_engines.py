@@ -14,12 +14,16 @@ from tests.simulations.test_cli import fedlora
 from tests.simulations.test_rounds import rounds_of
 
 
-@pytest.mark.parametrize("method", ["fedex", "fed_sb"])
+@pytest.mark.parametrize(
+    "method",
+    [["method=fedex"], ["method=fed_sb"], ["method=flexlora", "adapter.client_ranks=[4,2,1]"]],  # the last: it asks
+    ids=" ".join,
+)
 def test_flower_engine_equals_the_loop_engine(
-    tiny: Compose, tiny_overrides: list[str], tmp_path: Path, method: str
+    tiny: Compose, tiny_overrides: list[str], tmp_path: Path, method: list[str]
 ) -> None:
-    start(tiny(f"method={method}", "engine=loop"), tmp_path / "loop")
-    settings = [*tiny_overrides, f"method={method}", "adapter.rank=4", "engine=flower", "engine.workers=2"]
+    start(tiny(*method, "engine=loop"), tmp_path / "loop")
+    settings = [*tiny_overrides, *method, "adapter.rank=4", "engine=flower", "engine.workers=2"]
     process = fedlora("simulate", *settings, f"run_dir={tmp_path / 'flower'}")
     assert process.returncode == 0, process.stderr
     loop, flower = (load_file(tmp_path / n / "adapter" / "fedlora_state.safetensors") for n in ("loop", "flower"))

@@ -187,10 +187,14 @@ def test_only_the_components_of_a_client_travel_and_the_plan_knows(
     federation = Federation(config)
     model = federation.build_meta_model()
     ledger = pd.read_parquet(tmp_path / "run" / "ledger.parquet")
-    for client, rows in ledger[(ledger.direction == "up") & (ledger["round"] == 1)].groupby("client"):
+    asked = 2 * len(federation.clients)  # announcements come first
+    assert not ledger[:asked].payload.any()
+    rest = ledger[asked:]
+    first = rest[rest["round"] == 1]
+    for client, rows in first[first.direction == "up"].groupby("client"):
         layout = model.layout(federation.capability(str(client)).rank)
         assert set(rows.payload) == {4 * sum(prod(shape) for shape in layout.values())}
-    first = ledger[(ledger.direction == "down") & (ledger["round"] == 1)]
+    first = first[first.direction == "down"]
     if method == "flora":  # fresh factors come from the seed
         assert set(first.payload) == {4 * (66 if head == "shared" else 0)}
         assert summary["aggregation_error"]["max"] <= 1e-6
