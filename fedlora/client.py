@@ -31,7 +31,7 @@ from fedlora.layouts import Layouts
 from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.trainer import PersonalTrainer
-from fedlora.ranks import crop, cut_shapes, pad
+from fedlora.ranks import crop, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
 from fedlora.store import ClientRecord, ClientStore
@@ -179,11 +179,7 @@ class Worker:
 
     def narrowed(self, state: State, client: str) -> State:
         """``state`` as a client of smaller rank can hold it."""
-        rank = self.federation.capability(client).rank
-        if rank is None:
-            return state
-        factors = self.model.shapes(key for key in self.model.trainable if key not in self.model.head)
-        return {**state, **pad(crop({key: state[key] for key in factors}, cut_shapes(factors, rank)), factors)}
+        return self.model.narrowed(state, self.federation.capability(client).rank)
 
     def start_of(self, client: str) -> State:
         """What ``client`` starts from before it hears from the server: the seeded start, and what is its own."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import State
+from fedlora.adapters.base import Phase
 from fedlora.client_axis import ClientAxis
 from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
@@ -51,7 +52,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a member has become: its state, its mean loss, its moments if they are kept, and why it failed if it did."""
+    """What a member has become: its state, its moments if they are kept, and why it failed if it did.
+
+    ``loss`` is the mean over the steps of its first phase.
+    """
 
     state: State
     loss: float
@@ -70,22 +74,34 @@ def train_alone(
 ) -> Trained:
     """Train one member with the model's own layers and a stock optimiser: the oracle of :func:`train_cohort`."""
     model.load(member.state)
+    losses: list[float] = []
+    moments: State = {}
     try:
-        loss, moments = train_steps(
-            model,
-            task,
-            encoded,
-            member.rows,
-            settings,
-            member.rng(),
-            member.learning_rate,
-            member.dropout_seed,
-            member.moments,
-            member.keys,
-        )
+        for phase, keys in _phases(model, member.keys):
+            loss, kept = train_steps(
+                model,
+                task,
+                encoded,
+                member.rows,
+                settings,
+                member.rng(),
+                member.learning_rate,
+                member.dropout_seed,
+                member.moments,
+                keys,
+                phase.objective(task),
+            )
+            losses.append(loss)
+            moments |= kept
     except FedloraError as error:
         return Trained({}, math.nan, {}, str(error))
-    return Trained(model.read(model.trainable), loss, moments)
+    return Trained(model.read(key for key in model.trainable if key in member.state), losses[0], moments)
+
+
+def _phases(model: AdaptedModel, keys: tuple[str, ...]) -> list[tuple[Phase, tuple[str, ...]]]:
+    """The phases of a round, each with those of ``keys`` that it trains; without those that train none."""
+    phases = [(phase, model.in_phase(phase, keys)) for phase in model.phases]
+    return [(phase, trained) for phase, trained in phases if trained]
 
 
 def train_cohort(
@@ -97,13 +113,43 @@ def train_cohort(
     members: Sequence[Member],
 ) -> list[Trained]:
     """Train ``members`` on the model's frozen part; equal to training each alone up to the order of sums."""
-    whole = settings.batch_size * settings.grad_accumulation
     steps = [member_steps(member, settings) for member in members]
     longest_first = sorted(range(len(members)), key=lambda i: -steps[i])  # who has a step left is a prefix
     members, steps = [members[i] for i in longest_first], [steps[i] for i in longest_first]
-    orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
     stacked = {key: torch.stack([m.state[key] for m in members]).to(model.device) for key in model.per_client}
-    keys = members[0].keys
+    losses: list[np.ndarray] = []
+    moments: list[State] = [{} for _ in members]
+    for _, keys in _phases(model, members[0].keys):
+        found, optimizer = _train_phase(model, axis, task, encoded, settings, members, steps, stacked, keys)
+        losses.append(found)
+        for i, kept in enumerate(moments):
+            kept |= optimizer.moments(i)
+    stacked = {key: stacked[key].cpu() for key in model.trainable}
+    trained = [
+        _trained({key: value[i] for key, value in stacked.items()}, [each[i, :count] for each in losses], moments[i])
+        for i, count in enumerate(steps)
+    ]
+    return [trained[place] for place in np.argsort(longest_first)]
+
+
+def _train_phase(
+    model: AdaptedModel,
+    axis: ClientAxis,
+    task: Task,
+    encoded: EncodedRows,
+    settings: ClientConfig,
+    members: Sequence[Member],
+    steps: Sequence[int],
+    stacked: State,
+    keys: tuple[str, ...],
+) -> tuple[np.ndarray, _Optimizer]:
+    """Train the tensors ``keys`` of ``stacked`` in place, the longest first.
+
+    Returns:
+        The losses ``[clients, steps]``, and the optimiser with what it remembers.
+    """
+    whole = settings.batch_size * settings.grad_accumulation
+    orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
     optimizer = _Optimizer({key: stacked[key] for key in keys}, members, settings)
     losses = torch.full((len(members), max(steps)), math.nan, device=model.device)
     model.own_trainables(keys)
@@ -117,20 +163,16 @@ def train_cohort(
                 model, axis, task, encoded, leaves, batches, settings.batch_size
             )
             optimizer.step(gradients, rates)
-    found = losses.double().cpu().numpy()
-    stacked = {key: stacked[key].cpu() for key in model.trainable}
-    trained = [
-        _trained({key: value[i] for key, value in stacked.items()}, found[i, :count], optimizer.moments(i))
-        for i, count in enumerate(steps)
-    ]
-    return [trained[place] for place in np.argsort(longest_first)]
+    return losses.double().cpu().numpy(), optimizer
 
 
-def _trained(state: State, losses: np.ndarray, moments: State) -> Trained:
-    odd = np.flatnonzero(~np.isfinite(losses))
-    if len(odd):
-        return Trained({}, math.nan, {}, f"the loss is {losses[odd[0]]} at local step {odd[0] + 1}")
-    return Trained(state, float(losses.mean()), moments)
+def _trained(state: State, losses: Sequence[np.ndarray], moments: State) -> Trained:
+    """What a member has become, from the losses of each phase."""
+    for phase in losses:
+        odd = np.flatnonzero(~np.isfinite(phase))
+        if len(odd):
+            return Trained({}, math.nan, {}, f"the loss is {phase[odd[0]]} at local step {odd[0] + 1}")
+    return Trained(state, float(losses[0].mean()), moments)
 
 
 def cohort_gradients(

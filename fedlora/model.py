@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.adapters.base import Adapter, Affinity, State
+from fedlora.adapters.base import Adapter, Affinity, Phase, State
 from fedlora.adapters.factored import LowRankAdapter
 from fedlora.adapters.injection import inject, named_tensors
 from fedlora.adapters.probe import measured_delta
@@ -122,6 +122,17 @@ class AdaptedModel:
     def held(self, values: dict[str, Value], capability: Capability) -> dict[str, Value]:
         """What of ``values``, one for each trained key, a client holds: all of them."""
         return values
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """How a client trains in a round, in order."""
+        return self.adapter.phases()
+
+    def in_phase(self, phase: Phase, keys: Iterable[str]) -> tuple[str, ...]:
+        """Those of a client's ``keys`` that it trains in ``phase``."""
+        if phase.trains == "all":
+            return tuple(keys)
+        return tuple(key for key in keys if (key in self.private) == (phase.trains == "private"))
 
     @property
     def device(self) -> torch.device:
@@ -242,19 +253,21 @@ class AdaptedModel:
 
     def layout(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what travels to a client of ``rank`` (``None``: the rank of the model)."""
-        return cut_shapes(self.shapes(self.shared), rank)
+        return cut_shapes(self.shapes(self.shared), rank, self.adapter.ranked)
 
     def answer_layout(self, capability: Capability, parts: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what a client sends that trained ``parts`` (none: all it can); see :meth:`trains`."""
         trained = set(self.trains(parts, capability))
-        return cut_shapes(self.shapes(key for key in self.shared if key in trained), capability.rank)
+        held = self.shapes(key for key in self.shared if key in trained)
+        return cut_shapes(held, capability.rank, self.adapter.ranked)
 
-    def narrow(self, rank: int | None) -> None:
-        """Make the model that of a client of ``rank``: all further components of its factors become zero."""
-        if rank is not None:
-            factors = [key for key in self.trainable if key not in self.head]
-            shapes = self.shapes(factors)
-            self.load(pad(crop(self.read(factors), cut_shapes(shapes, rank)), shapes))
+    def narrowed(self, state: State, rank: int | None) -> State:
+        """``state`` as a client of ``rank`` can hold it: all further components of its factors are zero."""
+        if rank is None:
+            return state
+        shapes = self.shapes(key for key in self.per_client if key not in self.head)
+        cut = cut_shapes(shapes, rank, self.adapter.ranked)
+        return {**state, **pad(crop({key: state[key] for key in shapes}, cut), shapes)}
 
     def set_base_correction(self, corrections: Mapping[str, Tensor]) -> None:
         """Add a full-rank fp32 correction ``{module: [m, n]}`` beside the frozen weights (empty: none).

@@ -16,15 +16,21 @@ from torch import Tensor
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def cut_shapes(shapes: Shapes, rank: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a client of ``rank`` (``None``: the whole): A ``[rank, n]`` and B ``[m, rank]``, the rest as it is."""
+def cut_shapes(
+    shapes: Shapes, rank: int | None, factors: tuple[str, str] = ("lora_A", "lora_B")
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a client of ``rank`` (``None``: the whole): A ``[rank, n]`` and B ``[m, rank]``, the rest as it is.
+
+    ``factors`` are the names of A and B.
+    """
     if rank is None:
         return dict(shapes)
+    a, b = (f".{factor}.weight" for factor in factors)
     cut = dict(shapes)
     for key, shape in shapes.items():
-        if key.endswith(".lora_A.weight"):
+        if key.endswith(a):
             cut[key] = (rank, shape[1])
-        elif key.endswith(".lora_B.weight"):
+        elif key.endswith(b):
             cut[key] = (shape[0], rank)
     return cut
 

@@ -31,7 +31,7 @@ def train_steps(
     dropout_seed: int,
     moments: Mapping[str, Tensor],
     keys: tuple[str, ...],
-    objective: Callable[[nn.Module, Batch], Tensor] | None = None,
+    objective: Callable[[nn.Module, Batch], Tensor],
 ) -> tuple[float, State]:
     """Train the tensors ``keys`` of the model in place on ``rows``.
 
@@ -46,7 +46,7 @@ def train_steps(
         dropout_seed: draws the adapter's dropout.
         moments: the optimiser state to continue from, as this function returned it; empty to start anew.
         keys: what is trained.
-        objective: the mean loss of a batch, a scalar, where it is not that of the task.
+        objective: the mean loss of a batch, a scalar.
 
     Returns:
         The mean loss over the steps, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is set.
@@ -64,7 +64,7 @@ def train_steps(
     with training_mode(model.module, dropout_seed):
         for step, batch in enumerate(batch_order(rows, whole, settings.local_epochs, settings.local_steps, rng)):
             optimizer.zero_grad()
-            losses.append(_backward(model, task, encoded, batch, settings.batch_size, objective or task.loss))
+            losses.append(_backward(model, task, encoded, batch, settings.batch_size, objective))
             if not math.isfinite(losses[-1]):
                 raise FedloraError(f"the loss is {losses[-1]} at local step {len(losses)}")
             if settings.max_grad_norm is not None:

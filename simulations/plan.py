@@ -228,8 +228,8 @@ def _trainable(federation: Federation, model: AdaptedModel) -> int:
 def _client_flops(federation: Federation, model: AdaptedModel) -> float:
     """Mean work of a client in a round.
 
-    4 FLOPs a token and matrix weight of a frozen backbone (forward, and backward to inputs only); counted operation by
-    operation for clients that have models of their own.
+    In each phase 4 FLOPs a token and matrix weight of a frozen backbone (forward, and backward to inputs only); counted
+    operation by operation for clients that have models of their own.
     """
     settings = federation.config.client
     matrices = sum(
@@ -240,7 +240,7 @@ def _client_flops(federation: Federation, model: AdaptedModel) -> float:
     train = federation.index.train
     work = 0.0
     for client, rows in train.items():
-        each = own[str(federation.capability(client).model)] if own else 4.0 * matrices
+        each = own[str(federation.capability(client).model)] if own else 4.0 * matrices * len(model.phases)
         whole = settings.batch_size * settings.grad_accumulation
         steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
         visits = steps * min(whole, len(rows)) if settings.local_steps else settings.local_epochs * len(rows)

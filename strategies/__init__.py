@@ -13,6 +13,7 @@ from strategies.fedsvd import FedSVD
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.local import Local
+from strategies.personal_lora import PersonalLora
 from strategies.pfedlora import PFedLoRA
 from strategies.ravan import Ravan
 from strategies.rolora import RoLoRA
@@ -34,6 +35,7 @@ __all__ = [
     "Local",
     "Outgoing",
     "PFedLoRA",
+    "PersonalLora",
     "Ravan",
     "Reply",
     "RoLoRA",

@@ -59,7 +59,8 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
         strategy = strategy_class(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"strategy '{target}' refuses its settings: {error}") from error
-    if model.adapter.client_ranks is not None and not getattr(strategy_class, "client_ranks", False):
+    ranks = [rank for rank in model.adapter.client_ranks or () if model.layout(rank) != model.layout()]
+    if ranks and not getattr(strategy_class, "client_ranks", False):
         raise InputError(
             f"adapter.client_ranks gives clients different ranks, which {strategy_class.__name__} cannot aggregate. "
             "Use strategy=flora (exact) or strategy=flexlora, or adapter.client_ranks=null."
@@ -68,6 +69,13 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
         raise InputError(
             f"adapter.client_heads lets clients train different heads, which {strategy_class.__name__} cannot "
             "aggregate. Use strategy=ravan, or adapter.client_heads=null."
+        )
+    kept = [key for key in model.private if key not in model.head]
+    if kept and model.shared and getattr(strategy_class, "evaluation", "global") == "global":
+        raise InputError(
+            f"adapter={model.adapter.label} keeps tensors at every client, such as '{kept[0]}', so there is no one "
+            f"model that {strategy_class.__name__} could leave behind. Use the strategy that belongs to the adapter "
+            "('fedlora methods' lists the pairs), or an adapter that shares all it trains."
         )
     if model.own and not getattr(strategy_class, "own_subspaces", False):
         raise InputError(

@@ -3,7 +3,20 @@
 from fedlora.adapters import lean  # noqa: F401  before whatever imports PEFT
 
 # isort: split
-from fedlora.adapters import any_peft, fed_sb, fedsa, ffa, full, lora, lora_ga, orthogonal, pfedlora, prototypes, ravan
+from fedlora.adapters import (
+    any_peft,
+    fed_sb,
+    fedsa,
+    ffa,
+    full,
+    lora,
+    lora_ga,
+    orthogonal,
+    personal_lora,
+    pfedlora,
+    prototypes,
+    ravan,
+)
 from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, State, build_adapter, register, registered
 from fedlora.adapters.factored import LowRankAdapter, LowRankConfig
 
@@ -23,6 +36,7 @@ __all__ = [
     "lora",
     "lora_ga",
     "orthogonal",
+    "personal_lora",
     "pfedlora",
     "prototypes",
     "ravan",

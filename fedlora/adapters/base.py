@@ -7,8 +7,9 @@ names their tensors; the list of trained tensors is ours, because PEFT turns gra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from peft import PeftConfig
@@ -67,15 +68,34 @@ class Affinity:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of a client's round, in which some of what it trains is trained and the rest is at rest.
+
+    Attributes:
+        trains: what is private, what is not (it travels, or is folded into what does), or all that the client trains.
+        loss: the mean loss of a batch, from the task, the model and the batch; ``None``: the task's own.
+    """
+
+    trains: Literal["private", "shared", "all"]
+    loss: Callable[[Any, Any, Mapping[str, Tensor]], Tensor] | None = None
+
+    def objective(self, task: Any) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
+        """The mean loss of a batch, from the model and the batch."""
+        return task.loss if self.loss is None else partial(self.loss, task)
+
+
 class Adapter(ABC):
     """One adapter family. Subclasses say what is injected, what of it trains and how it starts.
 
     Attributes:
         clients: ids of all training clients, sorted; the federation writes them before a model is built.
         groups: the group of each of them, if the data says so (``data.group``); written together with them.
+        ranked: names of the factors A ``[r, n]`` and B ``[m, r]`` whose inner dimension is the client's rank.
     """
 
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
+    ranked: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
@@ -134,6 +154,10 @@ class Adapter(ABC):
     def place(self, key: str, tensor: Tensor) -> Place:
         """Where the injected tensor ``key`` lives; by default everything trained is shared."""
         return "shared" if self.trains(key, tensor) else "frozen"
+
+    def phases(self) -> tuple[Phase, ...]:
+        """How a client trains in a round, in order, each phase on the same batches; by default all at once."""
+        return (Phase("all"),)
 
     @abstractmethod
     def check(self, layers: Mapping[str, BaseTunerLayer], tensors: Mapping[str, Tensor]) -> None:

@@ -59,16 +59,38 @@ def seeded_basis(m: int, n: int, rank: int, seed: int, module: str) -> Basis:
     return Basis(left.float(), torch.zeros(rank), right.float())
 
 
-def orthonormal_rows(n: int, rank: int, slices: int, seed: int, module: str) -> Tensor:
-    """Orthonormal rows ``[slices rank, n]``, in fp32: the transposed Q of one QR of seeded Gaussians ``[n, ...]``.
+def orthonormal_rows(n: int, sizes: Sequence[int], seed: int, module: str) -> Tensor:
+    """Orthonormal rows ``[sum(sizes), n]``, in fp32: the transposed Q of one QR of seeded Gaussians ``[n, ...]``.
 
-    The first slices are the same however many follow, up to the rounding of fp64.
+    They come in slices of ``sizes`` rows. The first slices are the same however many follow, up to the rounding of
+    fp64.
     """
     drawn = [
-        torch.randn(rank, n, generator=torch_generator(seed, "rows", module, k), dtype=torch.float64)
-        for k in range(slices)
+        torch.randn(size, n, generator=torch_generator(seed, "rows", module, k), dtype=torch.float64)
+        for k, size in enumerate(sizes)
     ]
     return _orthonormal(torch.cat(drawn).T).T.contiguous().float()
+
+
+class OwnRows:
+    """Rows ``[each, n]`` of each owner's own in every layer, orthonormal, and orthogonal to all others' rows.
+
+    They are slices of :func:`orthonormal_rows`, computed once for a layer.
+    """
+
+    def __init__(self, each: int, common: int = 0) -> None:
+        """``each``: rows of an owner; ``common``: rows of a first slice that is nobody's own."""
+        self.each, self.common = each, common
+        self._known: dict[tuple[int, int, str], Tensor] = {}
+
+    def of(self, place: int, owners: int, n: int, seed: int, module: str) -> Tensor:
+        """Those of the owner at ``place`` of ``owners``."""
+        key = (owners, seed, module)
+        if key not in self._known:
+            sizes = [self.common] * (self.common > 0) + [self.each] * owners
+            self._known[key] = orthonormal_rows(n, sizes, seed, module)
+        start = self.common + place * self.each
+        return self._known[key][start : start + self.each]
 
 
 def complementary_rows(weight: Tensor, rank: int, avoid: int, seed: int, module: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A PEFT LoRA layer with a small linear map, the core, between its factors: y = W x + s B core(A x)."""
+"""PEFT LoRA layers whose update has more factors than B and A."""
 
 from __future__ import annotations
 
@@ -26,8 +26,34 @@ class ScaledLinear(nn.Linear):
         return functional.linear(input, self.weight * self.scale)
 
 
-class CoreLinear(Linear):
-    """Works for ``nn.Linear`` and for GPT-2's transposed ``Conv1D``. Subclasses say what the core is.
+class FactorsLinear(Linear):
+    """y = W x + s f(x) for a linear f; works for ``nn.Linear`` and for GPT-2's transposed ``Conv1D``."""
+
+    @abstractmethod
+    def mapped(self, x: Tensor, adapter: str) -> Tensor:
+        """f(x), from ``[..., n]`` to ``[..., m]``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., n]`` to ``[..., m]``."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            dropped = self.lora_dropout[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
+            result = result + (self.mapped(dropped, name) * self.scaling[name]).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return dW in the orientation of the base weight, for merging."""
+        a = factor_weight(self, "lora_A", adapter)
+        change = self.mapped(torch.eye(a.shape[1], dtype=a.dtype, device=a.device), adapter) * self.scaling[adapter]
+        return change if self.fan_in_fan_out else change.T
+
+
+class CoreLinear(FactorsLinear):
+    """A layer with a small linear map, the core, between its factors: y = W x + s B core(A x).
+
+    Subclasses say what the core is.
 
     Attributes:
         core: name of the core among the factors, ``lora_...``; to be added to ``adapter_layer_names``.
@@ -46,19 +72,6 @@ class CoreLinear(Linear):
         getattr(self, self.core)[adapter_name] = self.new_core(r, config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``[..., n]`` to ``[..., m]``."""
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            dropped = self.lora_dropout[name](self._cast_input_dtype(x, factor_weight(self, "lora_A", name).dtype))
-            inner = getattr(self, self.core)[name](self.lora_A[name](dropped))
-            result = result + (self.lora_B[name](inner) * self.scaling[name]).to(result.dtype)
-        return result
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return s B core(A) in the orientation of the base weight, for merging."""
-        b, a = (factor_weight(self, factor, adapter) for factor in ("lora_B", "lora_A"))
-        product = b @ getattr(self, self.core)[adapter](a.T).T
-        return (product.T if self.fan_in_fan_out else product) * self.scaling[adapter]
+    def mapped(self, x: Tensor, adapter: str) -> Tensor:
+        """B core(A x)."""
+        return self.lora_B[adapter](getattr(self, self.core)[adapter](self.lora_A[adapter](x)))

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.adapters.base import Affinity, Place, State, register
-from fedlora.adapters.bases import complementary_rows, orthonormal_rows
+from fedlora.adapters.bases import OwnRows, complementary_rows, orthonormal_rows
 from fedlora.adapters.factored import LowRankConfig, factor_weight
 from fedlora.adapters.fed_sb import oriented_weight
 from fedlora.adapters.ffa import FrozenALora
@@ -52,7 +52,7 @@ class OrthogonalLora(FrozenALora):
 
     def __init__(self, config: OrthogonalConfig) -> None:
         super().__init__(config)
-        self._rows: dict[tuple[int, str], Tensor] = {}
+        self._rows = OwnRows(self.sizes.rank)
         if self.settings.groups is not None and not self.disjoint:
             raise InputError(
                 f"adapter.groups = {self.settings.groups} needs rows of their own for groups of clients, and with "
@@ -145,7 +145,7 @@ class OrthogonalLora(FrozenALora):
                 if self.disjoint or a.is_meta:
                     a.zero_()
                 elif self.settings.subspace == "shared":
-                    a.copy_(orthonormal_rows(a.shape[1], rank, 1, seed, name))
+                    a.copy_(orthonormal_rows(a.shape[1], [rank], seed, name))
                 else:
                     a.copy_(complementary_rows(oriented_weight(layer), rank, self.settings.avoid, seed, name))
 
@@ -160,6 +160,4 @@ class OrthogonalLora(FrozenALora):
         rank, n = self.sizes.rank, int(layer.in_features)  # pyright: ignore
         if factor_weight(layer, "lora_A").is_meta:
             return torch.zeros(rank, n, device="meta")
-        if (seed, name) not in self._rows:
-            self._rows[seed, name] = orthonormal_rows(n, rank, len(self._slices), seed, name)
-        return self._rows[seed, name][place * rank : (place + 1) * rank]
+        return self._rows.of(place, len(self._slices), n, seed, name)

@@ -8,14 +8,13 @@ which one of the two is trained and the other rests.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, Place, State
+from fedlora.adapters.base import Adapter, AdapterConfig, Affinity, Phase, Place, State
 from fedlora.errors import InputError
 
 PREFIX = "adapter."
@@ -29,24 +28,31 @@ class PersonalConfig(AdapterConfig):
     head: Literal["shared", "private", "frozen"] = "private"
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A part of a client's round.
+def phase(
+    trains: Literal["private", "shared", "all"],
+    loss: Callable[[Any, Callable[[Tensor], Tensor], Mapping[str, Tensor]], Tensor],
+) -> Phase:
+    """A phase that trains the private model, the shared part, or all that the client has.
 
-    Attributes:
-        trains: the private model, the shared part, or all that the client has.
-        loss: from the outputs (features ``[b, width]``, own logits ``[b, classes]``) of a batch, a function that gives
-            the task's loss of any logits, and the batch.
+    ``loss`` is called with the outputs (features ``[b, width]``, own logits ``[b, classes]``) of a batch, a function
+    that gives the task's loss of any logits, and the batch.
     """
 
-    trains: Literal["private", "shared", "all"]
-    loss: Callable[[Any, Callable[[Tensor], Tensor], Mapping[str, Tensor]], Tensor]
+    def mean_loss(task: Any, module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return loss(module(batch["pixel_values"]), lambda logits: task.loss(_Said(logits), batch), batch)
 
-    def keys(self, keys: Sequence[str]) -> tuple[str, ...]:
-        """Those of a client's ``keys`` that it trains."""
-        if self.trains == "all":
-            return tuple(keys)
-        return tuple(key for key in keys if key.startswith(PREFIX) == (self.trains == "shared"))
+    return Phase(trains, mean_loss)
+
+
+class _Said(nn.Module):
+    """A model that has already said ``logits``."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, **inputs: Tensor) -> _Said:
+        return self
 
 
 class SharedPart(nn.Module):
@@ -59,9 +65,9 @@ class SharedPart(nn.Module):
         """The answer ``[b, classes]``, from features ``[b, width]`` and the client's own logits ``[b, classes]``."""
         return own
 
-    def phases(self) -> list[Phase]:
-        """How a client trains in a round, in order; each phase sees the same batches."""
-        return [Phase("all", lambda outputs, loss_of, batch: loss_of(outputs.own))]
+    def phases(self) -> tuple[Phase, ...]:
+        """How a client trains in a round, in order, each phase on the same batches."""
+        return (phase("all", lambda outputs, loss_of, batch: loss_of(outputs.own)),)
 
     def summary(self, features: Tensor, targets: Tensor) -> State:
         """What travels, by parameter name, from the features ``[n, width]`` and classes ``[n]`` of a client's rows."""

@@ -18,8 +18,8 @@ from typing import Annotated, Any, cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedlora.adapters.base import AdapterConfig, register
-from fedlora.adapters.personal import PersonalAdapter, PersonalConfig, Phase, SharedPart
+from fedlora.adapters.base import AdapterConfig, Phase, register
+from fedlora.adapters.personal import PersonalAdapter, PersonalConfig, SharedPart, phase
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 
@@ -53,9 +53,9 @@ class CommonAdapter(SharedPart):
         """(1 - mu) own + mu theta(features)."""
         return (1 - self.mu) * own + self.mu * self(features)
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> tuple[Phase, ...]:
         """The private model, then the adapter."""
-        return [Phase("private", self._mixed_loss), Phase("shared", self._adapter_loss)]
+        return phase("private", self._mixed_loss), phase("shared", self._adapter_loss)
 
     def _mixed_loss(self, outputs: Any, loss_of: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         return (1 - self.mu) * loss_of(outputs.own) + self.mu * loss_of(self(outputs.features))

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedlora.adapters.base import AdapterConfig, State, register
-from fedlora.adapters.personal import PersonalAdapter, PersonalConfig, Phase, SharedPart
+from fedlora.adapters.base import AdapterConfig, Phase, State, register
+from fedlora.adapters.personal import PersonalAdapter, PersonalConfig, SharedPart, phase
 
 
 class PrototypesConfig(PersonalConfig):
@@ -39,9 +39,9 @@ class ClassPrototypes(SharedPart):
         self.counts = nn.Parameter(torch.zeros(classes))
         self.weight = weight
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> tuple[Phase, ...]:
         """The private model; prototypes are computed, not trained."""
-        return [Phase("private", self._loss)]
+        return (phase("private", self._loss),)
 
     def _loss(self, outputs: Any, loss_of: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         targets = batch["target"]

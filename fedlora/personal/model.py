@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from fedlora.adapters.base import Adapter
+from fedlora.adapters.base import Adapter, Phase
 from fedlora.adapters.injection import seeded
 from fedlora.adapters.personal import PREFIX, PersonalAdapter
 from fedlora.capability import WHOLE, Capability
@@ -65,6 +65,11 @@ class PersonalModel(AdaptedModel):
         if len(names) != 1 or names[0] not in self.models.models:
             raise FedloraError(f"a client trains one of the models {list(self.models.models)}, not {list(names)}")
         return tuple(key for key in self.trainable if model_of(key) in (None, names[0]))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Those of the shared part, whose losses see its tensors."""
+        return self.models.adapter.phases()
 
     def held(self, values: dict[str, Value], capability: Capability) -> dict[str, Value]:
         """What of ``values``, one for each trained key, a client holds: its model, and what is shared."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from fedlora.adapters import State
-from fedlora.adapters.personal import PREFIX, Phase
+from fedlora.adapters.personal import PREFIX
 from fedlora.cohort import Member, Trained
-from fedlora.errors import FedloraError
-from fedlora.personal.private_models import Outputs, PrivateModels
-from fedlora.tasks import Batch, Task
+from fedlora.personal.private_models import PrivateModels
 from fedlora.trainer import Trainer
-from fedlora.training import train_steps
 
 
 class PersonalTrainer(Trainer):
@@ -28,39 +24,13 @@ class PersonalTrainer(Trainer):
         self.reason = "every client has a model of its own"
 
     def train(self, members: Sequence[Member]) -> list[Trained]:
-        """Train every member alone."""
-        return [self._alone(member) for member in members]
+        """Train every member alone, and add what its shared part computes from its rows."""
+        return [self._summarised(member, super(PersonalTrainer, self).train([member])[0]) for member in members]
 
-    def _alone(self, member: Member) -> Trained:
-        self.model.load(member.state)
-        losses, moments = [], {}
-        try:
-            for phase in self._part.phases():
-                loss, kept = self._phase(phase, member)
-                losses.append(loss)
-                moments |= kept
-        except FedloraError as error:
-            return Trained({}, math.nan, {}, str(error))
-        state = self.model.read(member.state)
-        if self._part.summarises:
-            state |= self._summary(member.rows)
-        return Trained(state, losses[0], moments)
-
-    def _phase(self, phase: Phase, member: Member) -> tuple[float, State]:
-        """The steps of one phase; every phase draws the same batches."""
-        return train_steps(
-            self.model,
-            self.task,
-            self.rows,
-            member.rows,
-            self.settings,
-            member.rng(),
-            member.learning_rate,
-            member.dropout_seed,
-            member.moments,
-            phase.keys(member.keys),
-            objective(self.task, phase),
-        )
+    def _summarised(self, member: Member, trained: Trained) -> Trained:
+        if trained.failure or not self._part.summarises:
+            return trained
+        return replace(trained, state=trained.state | self._summary(member.rows))
 
     def _summary(self, rows: np.ndarray) -> State:
         """What travels, from the features of a client's rows after training."""
@@ -77,24 +47,3 @@ class PersonalTrainer(Trainer):
     @property
     def _part(self) -> Any:
         return cast(PrivateModels, self.model.module).adapter
-
-
-def objective(task: Task, phase: Phase) -> Callable[[nn.Module, Batch], Tensor]:
-    """The loss of a batch in a phase, a scalar; the task says what the loss of given logits is."""
-
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        outputs: Outputs = module(batch["pixel_values"])
-        return phase.loss(outputs, lambda logits: task.loss(_Said(logits), batch), batch)
-
-    return loss
-
-
-class _Said(nn.Module):
-    """A model that has already said ``logits``."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, **inputs: Tensor) -> _Said:
-        return self

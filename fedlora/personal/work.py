@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedlora.capability import Capability
 from fedlora.personal.model import PersonalModel
-from fedlora.personal.trainer import objective
 from fedlora.tasks import Task
 
 ROWS = 2
@@ -26,9 +25,9 @@ def flops_per_row(model: PersonalModel, task: Task, picture: tuple[int, int, int
     for name in model.models.models:
         model.models.current = name
         with FlopCounterMode(display=False) as counter:
-            for phase in model.models.adapter.phases():
-                model.own_trainables(phase.keys(model.trains(capability=Capability(model=name))))
-                objective(task, phase)(model.models, batch).backward()
+            for phase in model.phases:
+                model.own_trainables(model.in_phase(phase, model.trains(capability=Capability(model=name))))
+                phase.objective(task)(model.models, batch).backward()
         found[name] = counter.get_total_flops() / ROWS
     model.own_trainables()
     return found

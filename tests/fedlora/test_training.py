@@ -66,6 +66,7 @@ def trained(config: Config, moments: State | None = None, state: State | None = 
     loss, kept = train_steps(
         model, federation.task, federation.rows, federation.index.train[federation.clients[0]], config.client,
         np.random.default_rng(0), partial(learning_rate, config.client, 1, 1), 5, moments or {}, model.trainable,
+        federation.task.loss,
     )  # fmt: skip
     return loss, model.read(model.trainable), kept
 

@@ -25,7 +25,9 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / "adapter").exists():  # a personalised method
         store = ClientStore(folder / "clients")
         kept = {client: store.read(client, 1000).private for client in store.clients()}
-        return {f"{client} {key}": value for client, private in kept.items() for key, value in private.items()}
+        own = {f"{client} {key}": value for client, private in kept.items() for key, value in private.items()}
+        shared = folder / "shared.safetensors"
+        return own | (load_file(shared) if shared.exists() else {})
     found = load_file(folder / "adapter" / "fedlora_state.safetensors")
     correction = folder / "adapter" / "base_correction.safetensors"
     return found | load_file(folder / "adapter" / "adapter_model.safetensors") | (
@@ -73,6 +75,9 @@ def test_the_size_of_a_cohort_changes_nothing(tiny: Compose, tmp_path: Path, tok
         ["client.schedule=cosine_restarts", "client.warmup=0.3", "client.local_epochs=2"],
         ["client.keep_optimizer=true", "cohort.size=null"],
         ["client.keep_optimizer=true", "cohort.size=null", "method=rolora", "rounds=4"],
+        ["method=personal_lora", "adapter.private_rank=[3,1]", "client.keep_optimizer=true", "cohort.size=null"],
+        ["method=personal_lora", "adapter.alternate=false", "adapter.head=private"],
+        ["method=split", "adapter.private_rank=[2,1]", "client.keep_optimizer=true", "client.optimizer=sgd"],
         ["client.local_steps=3"],
         ["adapter.head=private"],
         ["adapter.head=frozen", "adapter.target_modules=attention"],

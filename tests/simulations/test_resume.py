@@ -35,6 +35,7 @@ CASES = {
     "fedsvd": ["method=fedsvd", "strategy.refresh=2"],
     "fedsa": ["method=fedsa", "engine=cohort"],
     "rolora": ["method=rolora", "client.keep_optimizer=true"],
+    "personal_lora": ["method=personal_lora", "client.keep_optimizer=true", "engine=cohort"],
     "cohorts": ["method=fedex", "engine=cohort"],
     "cohorts of clients with a state": [
         "method=local",

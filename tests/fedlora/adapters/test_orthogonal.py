@@ -38,14 +38,14 @@ def assert_orthonormal(rows: Tensor) -> None:
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 12), st.integers(0, 1000))
 def test_slices_are_orthonormal_and_the_first_do_not_depend_on_how_many_follow(rank, slices, spare, seed):
     n = rank * slices + spare
-    rows = orthonormal_rows(n, rank, slices, seed, "layer")
+    rows = orthonormal_rows(n, [rank] * slices, seed, "layer")
     assert_orthonormal(rows)
     for one in range(slices):
         for other in range(one):
             blocks = (rows[k * rank : (k + 1) * rank] for k in (one, other))
             first, second = blocks
             assert (first @ second.T).norm() <= ROUNDING
-    torch.testing.assert_close(orthonormal_rows(n, rank, 1, seed, "layer"), rows[:rank], rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(orthonormal_rows(n, [rank], seed, "layer"), rows[:rank], rtol=0, atol=ROUNDING)
 
 
 @promise
