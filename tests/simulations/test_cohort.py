@@ -77,7 +77,7 @@ def test_the_size_of_a_cohort_changes_nothing(tiny: Compose, tmp_path: Path, tok
         ["client.keep_optimizer=true", "cohort.size=null", "method=rolora", "rounds=4"],
         ["method=personal_lora", "adapter.private_rank=[3,1]", "client.keep_optimizer=true", "cohort.size=null"],
         ["method=personal_lora", "adapter.alternate=false", "adapter.head=private"],
-        ["method=split", "adapter.private_rank=[2,1]", "client.keep_optimizer=true", "client.optimizer=sgd"],
+        ["method=split", "adapter.private_rank=[2,1]", "client.optimizer=sgd", "client.lr=0.1"],
         ["client.local_steps=3"],
         ["adapter.head=private"],
         ["adapter.head=frozen", "adapter.target_modules=attention"],
