@@ -23,6 +23,7 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
   fedlora methods                               what method=... can be
   fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted
   fedlora forget "site 3" runs/2026-01-31_12-00-00   take a client out of a finished run of method=disjoint
+  fedlora report runs/2026-01-31_12-00-00 -o report.html   one page of figures and a table, to open offline
   fedlora bench --only small --scale 0.25       how fast it is on this machine, and against what"""
 
 SETTINGS = """\
@@ -38,6 +39,9 @@ settings (key=value, as in conf/config.yaml):
   strategy._target_=./mine.py:Mine                           a strategy of your own, or any of Flower's
   engine=auto|cohort|loop|flower  engine.workers=2  precision=fp32|bf16|auto   what trains, and in which number format
   rounds=10  cohort.size=12  client.lr=2e-3  client.local_epochs=1  seed=1  run_dir=runs/mine"""
+
+
+SPLITS = ("seen", "test", "validation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sort_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split into flags and words for argparse, and Hydra overrides (anything with ``=``, and ``~group``)."""
-    if arguments[:1] == ["forget"]:  # ids of clients are any text
+    if arguments[:1] in (["forget"], ["report"]):  # ids of clients and names of files are any text
         return list(arguments), []
     overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     return [a for a in arguments if a not in overrides], overrides
@@ -98,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         "client", metavar="CLIENT", help="the client's id as in the ledger, or with adapter.groups the name of a group"
     )
     forget.add_argument("run", metavar="RUN", help="the run folder")
+    report = command("report", "one page of figures and a table from finished runs, that opens offline")
+    report.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, folders of sweeps, patterns")
+    report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default report.html)")
+    report.add_argument(
+        "--table", action="append", default=[], metavar="FILE", help="the table, too: .csv, .md or .tex"
+    )
+    report.add_argument("--on", choices=SPLITS, help="the rows scores are taken on (default: the first all runs have)")
     benchmark.add_arguments(command("bench", benchmark.DESCRIPTION, benchmark.EPILOG))
     return parser
 

@@ -89,6 +89,14 @@ def _forget(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, overrides: list[str]) -> int:
+    from simulations.report import Report  # only this command needs it
+
+    Report.of(*options.runs, on=options.on).write(options.output, options.table)
+    print(f"Report: {', '.join([options.output, *options.table])}")
+    return 0
+
+
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     from simulations.benchmark.bench import bench  # only this command needs it
 
@@ -101,5 +109,6 @@ COMMANDS = {
     "methods": _methods,
     "resume": _resume,
     "forget": _forget,
+    "report": _report,
     "bench": _bench,
 }

@@ -1,0 +1,267 @@
+"""Run folders as tidy tables: which runs belong together, under which name, and their numbers as they were written."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from fedlora.errors import InputError
+
+Frame = Any
+"""A pandas DataFrame or Series, whose own annotations are unions that a type checker cannot follow."""
+REFERENCES = ("zero_shot", "local", "central")
+"""Methods that send nothing: what the others are compared with."""
+SPLITS = {
+    "seen": "test rows of seen clients",
+    "test": "rows of unseen clients",
+    "validation": "validation rows of seen clients",
+}
+SAME = ("data", "partition", "task", "backbone", "eval.max_rows", "eval.max_clients")
+"""Settings that runs must share to be compared."""
+FREE = ("seed", "run_dir", "engine", "checkpoint", "eval", "tracking", *SAME)
+"""Settings that give runs of one method no name of their own: they change no result, or are :data:`SAME`."""
+log = logging.getLogger("fedlora.notices")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one finished run."""
+
+    folder: Path
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    rounds: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs that can be compared.
+
+    Attributes:
+        title: data, partition, task and backbone.
+        metric: the main metric; larger is better.
+        split: the key of :data:`SPLITS` whose rows the scores are taken on.
+        runs: one row a run: ``method``, ``reference``, ``seed``, ``score``, bytes, seconds and clients' statistics.
+        rounds: one row a run and round: ``score``, ``loss``, ``bytes`` sent so far, ``aggregation_error``.
+        differs: settings in which this section differs from the others.
+    """
+
+    title: str
+    metric: str
+    split: str
+    runs: Frame
+    rounds: Frame
+    differs: dict[str, Any]
+
+    @property
+    def score(self) -> str:
+        """What ``score`` is, in words."""
+        return f"{self.metric.replace('_', ' ')}, {SPLITS[self.split]}"
+
+
+def load(paths: Iterable[str | Path], split: str | None = None) -> list[Section]:
+    """Read run folders, folders of sweeps (searched to any depth) and patterns such as ``runs/2026-*``.
+
+    Args:
+        paths: where to look.
+        split: the rows that scores are taken on; by default the first of :data:`SPLITS` that all runs have.
+
+    Returns:
+        A section for every group of runs with the same data, partition, task and backbone.
+
+    Raises:
+        InputError: nothing finished is there, a file of a run cannot be read, or no run has ``split``.
+    """
+    folders = find(paths)
+    unfinished = [folder for folder in folders if not (folder / "summary.json").exists()]
+    if unfinished:
+        log.warning("Left out, because they have no summary.json yet ('fedlora resume RUN' finishes a run): %s.",
+                    ", ".join(map(str, unfinished)))  # fmt: skip
+    runs = [read(folder) for folder in folders if folder not in unfinished]
+    if not runs:
+        raise InputError("None of these runs is finished. 'fedlora resume RUN' finishes a run.")
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {key: value for key, value in run.settings.items() if _within(key, SAME)}
+        groups.setdefault(json.dumps([same, run.summary["main_metric"]], sort_keys=True, default=str), []).append(run)
+    differing = differences([group[0].settings for group in groups.values()], SAME)
+    found = [
+        _section(group, {key: group[0].settings.get(key) for key in differing}, split) for group in groups.values()
+    ]
+    titles = [section.title for section in found]
+    return [section if titles.count(section.title) == 1 else _told_apart(section) for section in found]
+
+
+def find(paths: Iterable[str | Path]) -> list[Path]:
+    """All run folders (those with a ``config.yaml``), in natural order of their names, each once.
+
+    Raises:
+        InputError: a path does not exist, cannot be read, or holds no run.
+    """
+    found: dict[Path, None] = {}
+    for path in map(str, paths):
+        places = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True), key=_natural)
+        if not places:
+            raise InputError(f"There is no run at '{path}'. Give run folders, folders of sweeps or a pattern.")
+        folders = [folder for place in places for folder in _inside(Path(place))]
+        if not folders:
+            raise InputError(
+                f"'{path}' holds no run: no folder in it has a config.yaml. 'fedlora simulate run_dir=...' makes one."
+            )
+        found |= dict.fromkeys(folders)
+    if not found:
+        raise InputError("No runs are given. Name run folders, folders of sweeps or a pattern.")
+    return list(found)
+
+
+def _inside(place: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"'{error.filename}' cannot be read: {error.strerror}. Mend its permissions or name its runs.")
+
+    folders = []
+    for folder, below, files in os.walk(place, onerror=refuse):
+        below.sort(key=_natural)
+        if "config.yaml" in files:
+            folders.append(Path(folder).resolve())
+            below.clear()
+    return folders
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def read(folder: Path) -> Run:
+    """The files of a finished run.
+
+    Raises:
+        InputError: a file is missing, damaged or of another version.
+    """
+    try:
+        settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        summary = json.loads((folder / "summary.json").read_text())
+        rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        run = Run(folder, settings, summary, rounds)
+        _row(run, "", "seen")
+        _rounds(run, "", "seen")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
+        raise InputError(
+            f"The run in '{folder}' cannot be read ({type(error).__name__}: {' '.join(str(error).split())}). "
+            "Leave it out, or run it again."
+        ) from error
+    return run
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    items: dict[str, Any] = {}
+    for key, value in settings.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
+
+
+def differences(settings: Sequence[Mapping[str, Any]], among: Sequence[str] = (), but: Sequence[str] = ()) -> list[str]:
+    """Dotted keys whose values are not the same everywhere."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    chosen = [key for key in keys if (not among or _within(key, among)) and not _within(key, but)]
+    return [key for key in chosen if len({json.dumps(each.get(key), default=str) for each in settings}) > 1]
+
+
+def _within(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _section(runs: list[Run], differs: dict[str, Any], split: str | None) -> Section:
+    metric = runs[0].summary["main_metric"]
+    available = [s for s in SPLITS if all(f"{s}_{metric}" in run.summary["final"]["metrics"] for run in runs)]
+    chosen = split or next(iter(available), "validation")
+    if split and not any(f"{split}_{metric}" in run.summary["final"]["metrics"] for run in runs):
+        raise InputError(f"No run has {metric} on {SPLITS[split]}. Choose --on {' or '.join(available) or 'another'}.")
+    names = _names(runs)
+    rows: Frame = pd.DataFrame([_row(run, name, chosen) for run, name in zip(runs, names, strict=True)])
+    rounds: Frame = pd.DataFrame(
+        [row for run, name in zip(runs, names, strict=True) for row in _rounds(run, name, chosen)]
+    )
+    kept = ~rows.duplicated(["method", "seed"], keep="last")
+    for method, seed, folder in rows.loc[~kept, ["method", "seed", "folder"]].itertuples(index=False):
+        log.warning("Left out: %s is another run of %s with seed %s and the same settings.", folder, method, seed)
+    rounds = rounds[rounds["folder"].isin(rows.loc[kept, "folder"])]
+    order = rows["method"].map({name: place for place, name in enumerate(REFERENCES)}).fillna(len(REFERENCES))
+    rows = rows[kept].assign(order=order[kept]).sort_values("order", kind="stable").drop(columns="order")
+    return Section(_title(runs[0].settings), metric, chosen, rows.reset_index(drop=True), rounds, differs)
+
+
+def _told_apart(section: Section) -> Section:
+    """The section with what it differs in as part of its title."""
+    own = ", ".join(f"{key}={value}" for key, value in section.differs.items())
+    return replace(section, title=f"{section.title} ({own or section.metric})")
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    names = ((key, settings.get(f"{key}.name")) for key in ("data", "partition", "task", "backbone"))
+    return ", ".join(f"{name} clients" if key == "partition" else str(name) for key, name in names)
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Every run's label, with the settings in which runs of that label differ."""
+    names = []
+    for run in runs:
+        alike = [other.settings for other in runs if other.summary["label"] == run.summary["label"]]
+        own = [f"{key}={run.settings.get(key)}" for key in differences(alike, but=FREE)]
+        names.append(" ".join([run.summary["label"], *own]))
+    return names
+
+
+def _row(run: Run, name: str, split: str) -> dict[str, Any]:
+    summary = run.summary
+    final, metric, totals = summary["final"], summary["main_metric"], summary["totals"]
+    clients, error = final["clients"] or {}, summary["aggregation_error"] or {}
+    return {
+        "method": name,
+        "reference": not summary["communicates"],
+        "kind": summary["method"],
+        "seed": summary["seed"],
+        "folder": str(run.folder),
+        "score": _number(final["metrics"].get(f"{split}_{metric}")),
+        **{each: _number(final["metrics"].get(f"{each}_{metric}")) for each in SPLITS},
+        **{f"clients_{key}": _number(clients.get(key)) for key in ("mean", "std", "worst_decile", "worst")},
+        "bytes": totals["message_up"] + totals["message_down"],
+        "up_per_round": summary["per_round"]["payload_up"],
+        "down_per_round": summary["per_round"]["payload_down"],
+        "setup": totals["setup_bytes"],
+        "aggregation_error": _number(error.get("max")),
+        **{f"seconds_{phase}": float(seconds) for phase, seconds in summary["seconds"].items()},
+    }
+
+
+def _rounds(run: Run, name: str, split: str) -> list[dict[str, Any]]:
+    sent = accumulate(record["message_up"] + record["message_down"] for record in run.rounds)
+    return [
+        {
+            "method": name,
+            "reference": not run.summary["communicates"],
+            "seed": run.summary["seed"],
+            "folder": str(run.folder),
+            "round": record["round"],
+            "bytes": so_far,
+            "score": _number(record["metrics"].get(f"{split}_{run.summary['main_metric']}")),
+            "loss": _number(record["loss"]),
+            "aggregation_error": _number(record["aggregation_error"]),
+        }
+        for record, so_far in zip(run.rounds, sent, strict=True)
+    ]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

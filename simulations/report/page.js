@@ -1,0 +1,46 @@
+(() => {
+  const root = document.documentElement;
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const setTheme = (dark) => root.setAttribute("data-theme", dark ? "dark" : "light");
+  setTheme(prefersDark.matches);
+
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const themed = () => ({
+    "font.color": colour("--text"),
+    "paper_bgcolor": colour("--card"),
+    "plot_bgcolor": colour("--card"),
+    "xaxis.gridcolor": colour("--line"),
+    "yaxis.gridcolor": colour("--line"),
+    "hoverlabel.bgcolor": colour("--page"),
+    "hoverlabel.font.color": colour("--text"),
+    "hoverlabel.bordercolor": colour("--line"),
+  });
+
+  const plots = [];
+  for (const source of document.querySelectorAll("script[data-plot]")) {
+    const plot = document.getElementById(source.dataset.plot);
+    const { data, layout } = JSON.parse(source.textContent);
+    if (plot.clientWidth < 480) layout.height += 18 * data.filter((trace) => trace.showlegend !== false).length;
+    const config = {
+      responsive: true,
+      displaylogo: false,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"],
+    };
+    plots.push(Plotly.newPlot(plot, data, layout, config).then(() => Plotly.relayout(plot, themed())));
+  }
+  Promise.all(plots).then(() => root.setAttribute("data-ready", ""));
+
+  const repaint = () => document.querySelectorAll(".plot").forEach((plot) => Plotly.relayout(plot, themed()));
+  document.getElementById("theme").addEventListener("click", () => {
+    setTheme(root.getAttribute("data-theme") !== "dark");
+    repaint();
+  });
+  prefersDark.addEventListener("change", (event) => { setTheme(event.matches); repaint(); });
+
+  for (const button of document.querySelectorAll("button[data-figure]")) {
+    button.addEventListener("click", () => {
+      const { figure, format } = button.dataset;
+      Plotly.downloadImage(figure, { format, filename: figure, width: 1000, height: 560, scale: format === "png" ? 2 : 1 });
+    });
+  }
+})();

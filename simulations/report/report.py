@@ -1,0 +1,78 @@
+"""A report of finished runs, for the command and for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from fedlora.errors import InputError
+from simulations.report import page, table
+from simulations.report.figures import PICTURES
+from simulations.report.load import Frame, Section, load
+from simulations.report.style import Style, styles
+from simulations.run_folder import write_atomically
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs in groups that can be compared.
+
+    Attributes:
+        sections: one for each data, partition, task and backbone; most reports have one.
+    """
+
+    sections: list[Section]
+
+    @classmethod
+    def of(cls, *paths: str | Path, on: str | None = None) -> Report:
+        """Read run folders, folders of sweeps and patterns; ``on``: ``seen``, ``test`` or ``validation`` rows.
+
+        Raises:
+            InputError: there is nothing finished, or something that cannot be read.
+        """
+        return cls(load(paths, on))
+
+    @cached_property
+    def styles(self) -> dict[str, Style]:
+        """Colour, symbol and dash of every method, the same everywhere."""
+        runs: Frame = pd.concat([section.runs for section in self.sections])
+        return styles(runs["method"], runs.loc[runs["reference"], "method"])
+
+    def figures(self, section: int = 0) -> dict[str, go.Figure]:
+        """The figures of a section by name (``pareto``, ``curve-rounds``, ...); those without numbers are missing."""
+        drawn = {picture.name: picture.draw(self.sections[section], self.styles) for picture in PICTURES}
+        return {name: figure for name, figure in drawn.items() if figure is not None}
+
+    def table(self, section: int = 0) -> Frame:
+        """Means and sample standard deviations over seeds, a row a method."""
+        return table.numbers(self.sections[section])
+
+    def html(self) -> str:
+        """The whole page."""
+        return page.render(self.sections, [self.figures(at) for at in range(len(self.sections))], self.styles)
+
+    def write(self, path: str | Path, tables: Sequence[str | Path] = ()) -> None:
+        """Write the page, and tables whose format is their ending: ``.csv``, ``.md`` or ``.tex``.
+
+        Raises:
+            InputError: a file cannot be written there; then none is.
+        """
+        for each in map(Path, tables):
+            if each.suffix not in table.EXPORTS:
+                raise InputError(f"'{each}' should end in {', '.join(table.EXPORTS)}: that says how it is written.")
+        for each in map(Path, (path, *tables)):
+            if not each.absolute().parent.is_dir():
+                raise InputError(f"'{each}' cannot be written: the folder '{each.absolute().parent}' does not exist.")
+            if each.is_dir():
+                raise InputError(f"'{each}' is a folder. Name a file, such as {each / 'report.html'}.")
+        texts = {Path(each): table.EXPORTS[Path(each).suffix](self.sections) for each in tables}
+        try:
+            for place, text in {Path(path): self.html(), **texts}.items():
+                write_atomically(place, text)
+        except OSError as error:
+            raise InputError(f"'{error.filename}' cannot be written: {error.strerror}.") from error

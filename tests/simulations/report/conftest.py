@@ -1,0 +1,21 @@
+"""A small sweep that every test of reports reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulations.compose import compose_config
+from simulations.simulate import start
+
+
+@pytest.fixture(scope="session")
+def sweep(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of references and two methods that travel."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for method in ("zero_shot", "local", "central", "fedit", "ffa"):
+        for seed in (1, 2):
+            settings = [f"method={method}", f"seed={seed}", "adapter.rank=4", "eval.every=1"]
+            start(compose_config([*tiny_overrides, *settings]), folder / f"{method}-{seed}")
+    return folder
