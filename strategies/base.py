@@ -86,7 +86,7 @@ class FederatedStrategy(Strategy):
 
     Attributes:
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
-        own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint``).
+        own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint`` or ``split``).
         restarts: whether clients start from new factors in every round or every few, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
         trains: whether there are rounds at all.

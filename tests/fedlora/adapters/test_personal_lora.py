@@ -243,14 +243,16 @@ def test_a_clients_model_is_saved_as_lora_of_both_ranks(tiny: Compose, tmp_path:
     torch.testing.assert_close(logits(loaded, batch), logits(model.module, batch), atol=1e-5, rtol=1e-5)
 
 
-@BOTH
+@pytest.mark.parametrize("plan", [FREE, SPLIT, ["adapter=fedsa"]], ids=["free", "split", "fedsa"])
 @pytest.mark.parametrize(
     "strategy",
     ["average", "fedit", "fedsvd", "central", "disjoint", "strategy._target_=flwr.serverapp.strategy.FedAvg"],
 )
 def test_strategies_that_leave_one_model_are_refused(tiny: Compose, plan: list[str], strategy: str) -> None:
     config = tiny(*plan, strategy if "=" in strategy else f"strategy={strategy}")
-    with pytest.raises(InputError, match=r"personal_lora\[\w+\] keeps tensors at every client, such as .*private"):
+    with pytest.raises(
+        InputError, match=r"(fedsa|personal_lora\[\w+\]) keeps tensors at every client, such as .*'fedlora methods'"
+    ):
         build_strategy(config.strategy, Federation(config).build_meta_model())
 
 
