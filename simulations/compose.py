@@ -75,7 +75,8 @@ def to_config(composed: DictConfig) -> Config:
     if missing:
         raise InputError(f"Setting '{missing[0]}' has no default: give {missing[0]}=VALUE.")
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    values.pop("hydra", None)
+    for of_the_sweep in ("hydra", "tuning"):
+        values.pop(of_the_sweep, None)
     return load_config(values)
 
 

@@ -23,6 +23,7 @@ from simulations.run_folder import RunFolder
 from simulations.simulate import start
 from simulations.sweep import SweepStart, remove_if_empty, run_trial
 from simulations.trials import Trial, TrialLog
+from simulations.tuning import SEED, choose, compared
 
 
 class Launch:
@@ -39,6 +40,7 @@ class Launch:
         self.folder: Path | None = None
         self.summary: dict[str, Any] | None = None
         self.code = 0
+        self.tuned = False
         self.seen: set[str] = set()
 
     def __call__(self, composed: DictConfig) -> float:
@@ -67,13 +69,23 @@ class Launch:
         self.seen.add(trial.config)
         if error is not None and self.debug:
             traceback.print_exception(error)
-        told(trial)
+        if trial.status != "kept" or not self.tuned:  # the second part of a tuned sweep keeps what the first has run
+            told(trial)
         return summary
 
 
 def best(summary: dict[str, Any]) -> float:
     """The best validation value of the main metric; not a number where nothing was validated."""
     return float(summary["best"]["metrics"].get(f"validation_{summary['main_metric']}", math.nan))
+
+
+def final(summary: dict[str, Any] | None) -> float:
+    """The validation value of the main metric after the last round, like the test value that is reported."""
+    return (
+        math.nan
+        if summary is None
+        else summary["final"]["metrics"].get(f"validation_{summary['main_metric']}", math.nan)
+    )
 
 
 def told(trial: Trial) -> None:
@@ -92,11 +104,11 @@ def simulate(overrides: Sequence[str], *, multirun: bool, merged: bool, debug: b
     launch = Launch(merged, debug)
     SweepStart.log = None
     arguments = [*(["--multirun"] if multirun else []), *compose.prepare_overrides(overrides)]
-    command_line, sys.argv = sys.argv, ["fedlora", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="config")(launch)()
+        _call_hydra(launch, arguments)
+        if SweepStart.log is not None and SweepStart.tuning:
+            return _tuned(launch, arguments, SweepStart.log, SweepStart.tuning)
     finally:
-        sys.argv = command_line
         launch.pools.close()
     if SweepStart.log is not None:
         return _swept(SweepStart.log, SweepStart.outcomes(), launch.seen)
@@ -105,11 +117,38 @@ def simulate(overrides: Sequence[str], *, multirun: bool, merged: bool, debug: b
     return launch.code
 
 
+def _call_hydra(launch: Launch, arguments: Sequence[str]) -> None:
+    command_line, sys.argv = sys.argv, ["fedlora", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="config")(launch)()
+    finally:
+        sys.argv = command_line
+
+
+def _tuned(launch: Launch, arguments: Sequence[str], log: TrialLog, tuning: Any) -> int:
+    """The second part of a tuned sweep: the best value of each method with all seeds; see :mod:`simulations.tuning`."""
+    tried = [trial for trial in SweepStart.outcomes() if trial.status in ("finished", "kept")]
+    results = [(trial, final(RunFolder(log.path / trial.folder).read_summary())) for trial in tried]
+    chosen = choose(results, tuning.setting, SweepStart.swept)
+    launch.tuned = True
+    seeds, before = ",".join(map(str, tuning.seeds)), len(log.read(SweepStart.skip))
+    for choice in chosen:
+        own = [*choice.given, f"{tuning.setting}={choice.value}", f"{SEED}={seeds}", f"run_dir={log.path}"]
+        fixed = [o for o in arguments if o.partition("=")[0].lstrip("+") not in {p.partition("=")[0] for p in own}]
+        _call_hydra(launch, [*({"--multirun": None} | dict.fromkeys(fixed)), *own])
+    trials = SweepStart.outcomes(before)
+    good = [trial for trial in trials if trial.status in ("finished", "kept")]
+    if good:
+        document = compared(log.path, chosen, good, tuning.setting)
+        console = tables.console()
+        console.print(tables.tuned(document))
+        console.print(tables.paired(document))
+        console.print(Text(f"Run folder: {log.path}"))
+    return _status(SweepStart.outcomes(), launch.seen)
+
+
 def _swept(log: TrialLog, trials: Sequence[Trial], seen: set[str]) -> int:
-    """Print the table of a sweep, and return its exit status: that of a failed trial, or 0 if any has a result."""
-    for trial in trials:
-        if trial.config not in seen:
-            told(trial)
+    """Print the table of a sweep, and return its exit status."""
     results = [trial for trial in trials if trial.status in ("finished", "kept")]
     if results:
         summaries = [RunFolder(log.path / trial.folder).read_summary() for trial in results]
@@ -118,13 +157,21 @@ def _swept(log: TrialLog, trials: Sequence[Trial], seen: set[str]) -> int:
             log.path,
             [SweepStart.name_of(trial, but="method") for trial in results],
         )
+    return _status(trials, seen)
+
+
+def _status(trials: Sequence[Trial], seen: set[str]) -> int:
+    """The exit status of a sweep: that of a failed trial, or 0 if any trial has a result."""
+    for trial in trials:  # of other processes
+        if trial.config not in seen:
+            told(trial)
     counted = Counter(trial.status for trial in trials)
     if set(counted) - {"finished"}:
         said = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
         tables.console().print(Text(f"{len(trials)} trials: {said}."))
     codes = [trial.exit_code or 1 for trial in trials if trial.status in ("failed", "started")]
     refused = [trial.exit_code for trial in trials if trial.status == "incompatible"]
-    return max(codes or ([] if results else refused), default=0)
+    return max(codes or (refused if len(refused) == len(trials) else []), default=0)
 
 
 def _print(summaries: Sequence[dict[str, Any]], folder: Path, names: Sequence[str] = ()) -> None:

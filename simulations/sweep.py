@@ -95,15 +95,19 @@ class SweepStart(Callback):
         log: of the sweep that was started last in this process.
         skip: how many lines it had before.
         swept: the settings that have several values.
+        tuning: ``tuning`` of the configuration; ``None``: an ordinary sweep.
     """
 
     log: ClassVar[TrialLog | None] = None
     skip: ClassVar[int] = 0
     swept: ClassVar[frozenset[str]] = frozenset()
+    tuning: ClassVar[Any] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the sweep's folder."""
-        SweepStart.log = TrialLog(Path(config.hydra.sweep.dir))
+        """Note the sweep's folder, and what is swept; the parts of a tuned sweep are one."""
+        if SweepStart.log is not None:
+            return
+        SweepStart.log, SweepStart.tuning = TrialLog(Path(config.hydra.sweep.dir)), config.tuning
         SweepStart.skip = len(SweepStart.log.read())
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         several = {override.key_or_group for override in given if override.is_sweep_override()}
@@ -116,7 +120,7 @@ class SweepStart(Callback):
         return " ".join(override for key, override in pairs if key in cls.swept and key != but)
 
     @classmethod
-    def outcomes(cls) -> list[Trial]:
-        """What became of every trial of this sweep, in the order in which they were started."""
-        lines = cls.log.read(cls.skip) if cls.log else []
+    def outcomes(cls, skip: int = 0) -> list[Trial]:
+        """What became of every trial of this sweep (of those after ``skip`` lines), in the order of their starts."""
+        lines = cls.log.read(cls.skip + skip) if cls.log else []
         return list({trial.config: trial for trial in lines}.values())

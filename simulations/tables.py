@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -153,3 +155,56 @@ def human_bytes(count: float) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def tuned(document: Mapping[str, Any]) -> Table:
+    """One row a method, the best mean test result first: its tuned setting, and mean and deviation over seeds."""
+    setting = document["setting"].rpartition(".")[2]
+    methods = sorted(document["methods"], key=lambda m: -_mean(m["test"]) if None not in m["test"] else math.inf)
+    metric, seeds = methods[0]["metric"].replace("_", " "), len(methods[0]["seeds"])
+    caption = (
+        f"mean ± standard deviation over seeds; {setting} chosen on validation rows; *: the edge of what was tried"
+    )
+    table = Table(title=f"{metric}, last round, {seeds} seeds", caption=caption, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in (setting, "valid", "test", "client mean", "worst 10%", "bytes, the run", "agg. error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for method in methods:
+        sent = method["communicates"]
+        table.add_row(
+            escape(method["label"]),
+            f"{method['value']}{'*' if method['at_the_edge'] else ''}"
+            if len(set(method["curve"].values())) > 1
+            else "-",
+            *(_spread(method[key]) for key in ("valid", "test", "client_mean", "worst_decile")),
+            human_bytes(_mean(method["bytes"])) if sent else "-",
+            f"{method['aggregation_error']:.1e}" if method["aggregation_error"] else "-",
+        )
+    return table
+
+
+def paired(document: Mapping[str, Any]) -> Table:
+    """Differences from the reference within each seed."""
+    table = Table(
+        title=f"test, difference from {document['reference']}, the same seeds",
+        caption="95 % confidence interval and p of the paired t-test; Holm: corrected for the number of methods",
+        title_justify="left",
+    )
+    for column in ("method", "difference", "95 % interval", "p", "p, Holm"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for row in sorted(document["paired"], key=lambda row: -row["mean"]):
+        interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+        table.add_row(escape(row["method"]), f"{row['mean']:+.3f}", interval, f"{row['p']:.3f}", f"{row['p_holm']:.3f}")
+    return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation of a sample, or a dash where there is none."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    return f"{_mean(known):.3f} ± {statistics.stdev(known) if len(known) > 1 else 0:.3f}"
