@@ -53,7 +53,8 @@ class TrialLog:
     def add(self, trial: Trial) -> None:
         """Append a line, in one write: several processes may do so at once."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(trial)) + "\n"
+        cut_short = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
+        line = ("\n" if cut_short else "") + json.dumps(asdict(trial)) + "\n"
         file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             os.write(file, line.encode())
@@ -61,9 +62,14 @@ class TrialLog:
             os.close(file)
 
     def read(self, skip: int = 0) -> list[Trial]:
-        """All lines but the first ``skip``; one cut short by a crash is left out."""
-        lines = self.file.read_text().splitlines()[skip:] if self.file.exists() else []
-        return [Trial(**json.loads(line)) for line in lines if line.endswith("}")]
+        """All trials but the first ``skip``; a line cut short by a crash is left out."""
+        trials = []
+        for line in self.file.read_text().split("\n") if self.file.exists() else []:
+            try:
+                trials.append(Trial(**json.loads(line)))
+            except json.JSONDecodeError:
+                continue
+        return trials[skip:]
 
     def folder_of(self, config: str) -> str | None:
         """Where a trial of this configuration is or was run, if that folder is still there."""

@@ -15,6 +15,7 @@ from simulations.compose import CONF, compose_config, own_pair
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 REQUIRED = {
     "adapter/peft.yaml": ["adapter.config._target_=peft.MissConfig"],
+    "tracking/custom.yaml": ["tracking.name=wandb"],
     "task/custom.yaml": ["task.name=./mine.py:Mine"],
     "strategy/custom.yaml": ["strategy._target_=flwr.serverapp.strategy.FedAvg"],
 }

@@ -128,6 +128,8 @@ def test_a_line_cut_short_by_a_crash_costs_itself(
     log.add(Trial(overrides, "key", "0", "finished"))
     log.file.write_bytes(log.file.read_bytes()[: len(whole) + cut])
     assert log.read() == [Trial(overrides, "key", "0", "started")]
+    log.add(Trial(overrides, "key", "1", "started"))
+    assert [trial.folder for trial in log.read()] == ["0", "1"]
 
 
 def test_what_a_trial_returns_is_its_best_validation_value(tiny: Compose, tmp_path: Path) -> None:
