@@ -14,7 +14,6 @@ from simulations.report.summary import front, gap_closed, over_seeds
 from simulations.tables import human_bytes
 
 Styles = Mapping[str, Style]
-BYTES = "bytes of all messages, setup included"
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,13 @@ def pareto(section: Section, styles: Styles) -> go.Figure | None:
         return None
     best = front(means["bytes_mean"], means["score_mean"])
     line = means[best].sort_values("bytes_mean")
-    figure = _figure(f"total {BYTES}", section.score)
+    figure = _figure("total bytes, setup included", section.score)
     figure.add_scatter(
         x=line["bytes_mean"], y=line["score_mean"], mode="lines", name="Pareto front", hoverinfo="skip",
         line={"color": GREY, "width": 2, "shape": "hv"},
     )  # fmt: skip
     for name, row in means.iterrows():
-        style, own, fade = styles[str(name)], runs[runs["method"] == name], 1.0 if best[name] else 0.45
+        style, own, fade = styles[str(name)], runs[runs["method"] == name], 1.0 if best[name] else 0.6
         figure.add_scatter(
             x=own["bytes"], y=own["score"], mode="markers", legendgroup=str(name), showlegend=False, opacity=0.4,
             marker={"color": style.color, "symbol": style.symbol, "size": 6}, name=_label(name),
@@ -50,15 +49,16 @@ def pareto(section: Section, styles: Styles) -> go.Figure | None:
         )  # fmt: skip
         figure.add_scatter(
             x=[row["bytes_mean"]], y=[row["score_mean"]], mode="markers", legendgroup=str(name), opacity=fade,
-            name=_label(name) + ("" if best[name] else " (dominated)"),
+            name=_label(name),
             marker={"color": style.color, "symbol": style.symbol, "size": 13},
             error_y={"array": [row["score_sd"]], "color": style.color, "thickness": 1.5},
-            customdata=[[human_bytes(row["bytes_mean"]), row["seeds"]]],
-            hovertemplate="mean of %{customdata[1]}: %{y:.4f}, %{customdata[0]}<extra>%{fullData.name}</extra>",
+            customdata=[[human_bytes(row["bytes_mean"]), row["seeds"], "on the front" if best[name] else "dominated"]],
+            hovertemplate="mean of %{customdata[1]}: %{y:.4f}, %{customdata[0]}, %{customdata[2]}"
+            "<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     ends = [means["bytes_mean"].min() / 1.5, means["bytes_mean"].max() * 1.5]
     _references(figure, section, styles, ends)
-    return figure.update_xaxes(type="log", exponentformat="SI", ticksuffix="B", dtick="D1" if _narrow(ends) else None)
+    return figure.update_xaxes(type="log", tickformat="~s", ticksuffix="B")
 
 
 def curve_by_round(section: Section, styles: Styles) -> go.Figure | None:
@@ -68,8 +68,8 @@ def curve_by_round(section: Section, styles: Styles) -> go.Figure | None:
 
 def curve_by_bytes(section: Section, styles: Styles) -> go.Figure | None:
     """Score against the bytes sent so far."""
-    figure = _curves(section, styles, "bytes", "score", f"{BYTES}, sent so far", section.score)
-    return figure and figure.update_xaxes(exponentformat="SI", ticksuffix="B", rangemode="tozero")
+    figure = _curves(section, styles, "bytes", "score", "bytes sent so far, setup included", section.score)
+    return figure and figure.update_xaxes(tickformat="~s", ticksuffix="B", rangemode="tozero")
 
 
 def training_loss(section: Section, styles: Styles) -> go.Figure | None:
@@ -80,7 +80,7 @@ def training_loss(section: Section, styles: Styles) -> go.Figure | None:
 def aggregation_error(section: Section, styles: Styles) -> go.Figure | None:
     """Relative distance between the aggregate and the exact mean, by round."""
     figure = _curves(section, styles, "round", "aggregation_error", "round", "relative aggregation error")
-    return figure and figure.update_yaxes(type="log", exponentformat="power", dtick=1, minor={"dtick": None})
+    return figure and figure.update_yaxes(type="log", tickformat=".0e", dtick=1)
 
 
 def clients(section: Section, styles: Styles) -> go.Figure | None:
@@ -95,7 +95,7 @@ def clients(section: Section, styles: Styles) -> go.Figure | None:
     for name, row in means[::-1].iterrows():
         worst, decile, mean, std = (row[f"clients_{each}_mean"] for each in names)
         figure.add_scatter(
-            x=[worst, decile, mean], y=[_label(name)] * 3, mode="lines+markers", name=_label(name), customdata=words,
+            x=[worst, decile, mean], y=[_line(name)] * 3, mode="lines+markers", name=_label(name), customdata=words,
             error_x={"array": [0, 0, std], "color": styles[str(name)].color, "thickness": 1, "width": 5},
             marker={"color": styles[str(name)].color, "symbol": ["x", "triangle-up", "circle"], "size": [9, 11, 12]},
             line={"color": styles[str(name)].color, "width": 4}, showlegend=False,
@@ -117,8 +117,9 @@ def gap(section: Section, styles: Styles) -> go.Figure | None:
     figure = _figure("share of the gap closed: 0 % is local, 100 % is central", "")
     for name, row in shares[::-1].iterrows():
         figure.add_bar(
-            x=[row["gap_mean"]], y=[_label(name)], orientation="h", name=_label(name), showlegend=False,
-            marker={"color": styles[str(name)].color}, error_x={"array": [row["gap_sd"]], "color": GREY},
+            x=[row["gap_mean"]], y=[_line(name)], orientation="h", name=_label(name), showlegend=False,
+            marker={"color": styles[str(name)].color, "line": {"width": 0}},
+            error_x={"array": [row["gap_sd"]], "color": GREY},
             hovertemplate="%{x:.1%}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     for at in (0, 1):
@@ -132,8 +133,9 @@ def time_by_phase(section: Section, styles: Styles) -> go.Figure | None:
     figure = _figure("seconds of a run", "")
     for phase, color in PHASES.items():
         figure.add_bar(
-            x=means[f"seconds_{phase}_mean"], y=[_label(name) for name in means.index], orientation="h", name=phase,
-            marker={"color": color}, hovertemplate="%{x:.2f} s<extra>%{y}: %{fullData.name}</extra>",
+            x=means[f"seconds_{phase}_mean"], y=[_line(name) for name in means.index], orientation="h", name=phase,
+            marker={"color": color, "line": {"width": 0}},
+            hovertemplate="%{x:.2f} s<extra>%{y}: %{fullData.name}</extra>",
         )  # fmt: skip
     return _rows(figure, len(means)).update_layout(barmode="stack", legend={"traceorder": "normal"})
 
@@ -186,17 +188,18 @@ def _references(
             )  # fmt: skip
 
 
-def _narrow(ends: list[float]) -> bool:
-    return ends[1] / max(ends[0], 1) < 100
-
-
 def _label(name: object) -> str:
     """A name that plotly does not take for markup."""
     return escape(str(name), quote=False)
 
 
+def _line(name: object) -> str:
+    """The name of a row: settings on a second line."""
+    return _label(name).replace(" ", "<br>", 1)
+
+
 def _rows(figure: go.Figure, count: int) -> go.Figure:
-    return figure.update_layout(height=170 + 34 * count)
+    return figure.update_layout(height=170 + 36 * count)
 
 
 def _figure(x_title: str, y_title: str) -> go.Figure:
@@ -210,7 +213,7 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
             "hovermode": "closest",
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "maxheight": 2000},
             "xaxis": _axis(x_title),
             "yaxis": _axis(y_title),
         }
@@ -260,7 +263,7 @@ PICTURES: tuple[Picture, ...] = (
     Picture(
         "gap", "Share of the local to central gap closed",
         "(score - local) / (central - local), for each seed that has both and a gap. Bars: means over seeds, whiskers "
-        "one standard deviation.",
+        "one standard deviation. Below 0 %: worse than every client on its own.",
         gap,
     ),
     Picture(

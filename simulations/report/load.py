@@ -164,10 +164,13 @@ def read(folder: Path) -> Run:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
+    """Nested settings with dotted keys, without those that say nothing (``null``, ``[]``): older runs lack them."""
     items: dict[str, Any] = {}
     for key, value in settings.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            items |= flat(value, f"{prefix}{key}.")
+        elif value is not None and value != []:
+            items[f"{prefix}{key}"] = value
     return items
 
 
@@ -218,7 +221,12 @@ def _names(runs: Sequence[Run]) -> list[str]:
     names = []
     for run in runs:
         alike = [other.settings for other in runs if other.summary["label"] == run.summary["label"]]
-        own = [f"{key}={run.settings.get(key)}" for key in differences(alike, but=FREE)]
+        keys = differences(alike, but=FREE)
+        short = [key.rpartition(".")[2] for key in keys]
+        own = [
+            f"{last if short.count(last) == 1 else key}={run.settings.get(key)}"
+            for key, last in zip(keys, short, strict=True)
+        ]
         names.append(" ".join([run.summary["label"], *own]))
     return names
 

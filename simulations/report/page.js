@@ -20,13 +20,16 @@
   for (const source of document.querySelectorAll("script[data-plot]")) {
     const plot = document.getElementById(source.dataset.plot);
     const { data, layout } = JSON.parse(source.textContent);
-    if (plot.clientWidth < 480) layout.height += 18 * data.filter((trace) => trace.showlegend !== false).length;
+    layout.xaxis.nticks = Math.max(4, Math.round(plot.clientWidth / 90));
     const config = {
       responsive: true,
       displaylogo: false,
       modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"],
     };
-    plots.push(Plotly.newPlot(plot, data, layout, config).then(() => Plotly.relayout(plot, themed())));
+    plots.push(Plotly.newPlot(plot, data, layout, config).then(() => {
+      const legend = plot.querySelector(".legend")?.getBoundingClientRect().height ?? 0;
+      return Plotly.relayout(plot, { ...themed(), height: layout.height + Math.max(0, legend - 30) });
+    }));
   }
   Promise.all(plots).then(() => root.setAttribute("data-ready", ""));
 
@@ -40,7 +43,7 @@
   for (const button of document.querySelectorAll("button[data-figure]")) {
     button.addEventListener("click", () => {
       const { figure, format } = button.dataset;
-      Plotly.downloadImage(figure, { format, filename: figure, width: 1000, height: 560, scale: format === "png" ? 2 : 1 });
+      Plotly.downloadImage(figure, { format, filename: figure, width: 1000, height: Math.max(560, document.getElementById(figure).clientHeight), scale: format === "png" ? 2 : 1 });
     });
   }
 })();

@@ -60,7 +60,8 @@ def _view(at: int, section: Section, drawn: Mapping[str, go.Figure], styles: Map
         "headings": [("method", ""), ("seeds", "runs with different seeds")]
         + [(column.heading, column.meaning) for column in table.columns(numbers)],
         "rows": [
-            {"color": styles[row[0]].color, "cells": list(row)} for row in shown.itertuples(index=False, name=None)
+            {"color": styles[row[0]].color, "cells": [cell.split(" ± ") for cell in row]}
+            for row in shown.itertuples(index=False, name=None)
         ],
     }
 

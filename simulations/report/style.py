@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours (2008) without black and yellow, which vanish on a dark or a light page."""
+PALETTE = ("#2F80C8", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""After Okabe and Ito (2008): black and yellow, which vanish on a dark or a light page, are out, blue is lighter."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
 PHASES = {

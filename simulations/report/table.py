@@ -51,7 +51,7 @@ def numbers(section: Section) -> Frame:
 
 
 def cells(section: Section) -> Frame:
-    """The same as text, ``0.723 ± 0.011``; a dash where there is no number, no deviation for one seed."""
+    """The same as text, ``0.723 ± 0.011``; a dash for no number; no deviation of one seed or of equal bytes."""
     found = numbers(section)
     shown: Frame = pd.DataFrame({"method": found["method"], "seeds": found["seeds"].map(str)})
     for column in columns(found):
@@ -68,7 +68,7 @@ def columns(found: Frame) -> list[Column]:
 def _cell(column: Column, mean: float, deviation: float) -> str:
     if math.isnan(mean):
         return "-"
-    if math.isnan(deviation) or (deviation == 0 and column.travels):
+    if math.isnan(deviation) or (column.travels and column.show(mean + deviation) == column.show(mean)):
         return column.show(mean)
     return f"{column.show(mean)} ± {column.show(deviation)}"
 

@@ -85,7 +85,7 @@ def test_runs_of_one_method_are_named_by_what_they_differ_in(copy: Callable[...,
     copy("fedit-1", "slow")
     folder = copy("fedit-2", "fast", client__lr=0.5).parent
     (section,) = load([folder])
-    assert "fedit client.lr=0.5" in set(section.runs["method"])
+    assert "fedit lr=0.5" in set(section.runs["method"])
     assert len(set(section.runs["method"])) == 2
 
 
