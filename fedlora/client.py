@@ -42,7 +42,7 @@ GRADIENTS = "gradients"
 """The instruction that asks a client for the summed gradients of its rows at the start of the run, not for training."""
 CAPABILITY = "capability"
 """The record in which a client announces what it is able to train, when it is asked by a message of type ``query``."""
-KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train"}
+KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train", "basis"}
 
 
 @dataclass(frozen=True)
@@ -284,12 +284,22 @@ class Worker:
             if not self.store.has_shared(key):
                 self.store.put_shared(key, wire.unpack(setup, self.model.shapes(self.model.frozen)))
             references["setup"] = key
+        drawn_after = content.config_records["config"].get("basis")
+        if drawn_after is not None:
+            references["setup"] = self._drawn(int(drawn_after))  # pyright: ignore
         if self.federation.adapter.broadcast_frozen and "setup" not in references:
             raise FedloraError("the frozen basis never reached this client")
         header = content.config_records["config"].get("correction")
         if header is not None:
             references["correction"] = self._correct(references, str(header), content.array_records["correction"])
         return references
+
+    def _drawn(self, server_round: int) -> str:
+        """Draw the basis that is new after ``server_round``, once for all clients."""
+        key = f"basis-{server_round}"
+        if not self.store.has_shared(key):
+            self.store.put_shared(key, self.federation.adapter.drawn(self.model.layers, self.model.seed, server_round))
+        return key
 
     def _correct(self, references: Mapping[str, str], header: str, record: ArrayRecord) -> str:
         """Bring the client's base correction up to date; content reached by the same way is computed once."""

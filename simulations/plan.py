@@ -149,7 +149,7 @@ def _traffic(
             sums = defaultdict(int)
         elif ours is not None:
             shared = ours.fold(server_round, shared, replies)
-            if ours.frozen():
+            if ours.frozen() and ours.frozen_travels:
                 sends_frozen = True
                 delivered.clear()
         total["clients"] += len(chosen)

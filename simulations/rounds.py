@@ -162,11 +162,12 @@ class FederatedRun:
         return self.federation.public_gradients(self.worker.model)
 
     def _refreeze(self, frozen: State) -> None:
-        """Send ``frozen`` to every client from now on, if the strategy changed something."""
+        """Use ``frozen``, and send it to every client, from now on, if the strategy changed something."""
         if frozen:
             self.frozen = self.evaluator.frozen = frozen
-            self.sends_frozen = True
-            self._setup.replace(frozen)
+            if self.ours is not None and self.ours.frozen_travels:
+                self.sends_frozen = True
+                self._setup.replace(frozen)
 
     def _failures(self, server_round: int, failed: dict[str, str], asked: int) -> dict[str, str]:
         """Note which clients failed and why; the round cannot go on if all that were ``asked`` did."""

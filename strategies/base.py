@@ -57,7 +57,8 @@ class Outgoing:
         state: shared tensors to start from; empty for strategies that send none.
         correction: what brings the client's base up to date, or ``None``.
         instructions: further keys for the client: ``train``, the names of the factors that it trains and sends back
-            (such as ``["lora_B"]``; the head always is), ``restart``, ``personal``, ``pool``.
+            (such as ``["lora_B"]``; the head always is), ``restart``, ``personal``, ``pool``, ``basis`` (the round
+            after which the frozen tensors to be drawn were new).
     """
 
     state: Mapping[str, Tensor]
@@ -87,6 +88,8 @@ class FederatedStrategy(Strategy):
     Attributes:
         exact: the aggregate's dW equals the weighted mean of the clients' dW; ``None`` where there is no aggregate.
         own_subspaces: whether clients may train in subspaces of their own (``adapter.subspace=disjoint`` or ``split``).
+        frozen_travels: whether clients are sent what :meth:`frozen` returns; if not, they make it themselves, as an
+            instruction of :meth:`send` tells them.
         restarts: whether clients start from new factors in every round or every few, so that kept moments mean nothing.
         communicates: whether messages are counted (``local`` and ``central`` send nothing in reality).
         trains: whether there are rounds at all.
@@ -107,6 +110,7 @@ class FederatedStrategy(Strategy):
     client_heads: ClassVar[bool] = False
     over_trainers: ClassVar[bool] = False
     own_subspaces: ClassVar[bool] = False
+    frozen_travels: bool = True
     restarts: bool = False
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
@@ -153,7 +157,8 @@ class FederatedStrategy(Strategy):
     def frozen(self) -> State:
         """The frozen tensors that the last :meth:`fold` changed (all of them, or none).
 
-        Every client gets them, as setup, with its next message; the base of a strategy changes none.
+        Every client gets them, as setup, with its next message (:attr:`frozen_travels`); the base of a strategy changes
+        none.
         """
         return {}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlora.capability import Capability
 from fedlora.config import Settings, nearest, validate
-from fedlora.errors import InputError
+from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import LowRank
 
 State = dict[str, Tensor]
@@ -181,6 +181,14 @@ class Adapter(ABC):
             seed: the run's seed; each layer draws from its own stream.
             gradients: ``{module: [m, n]}`` summed loss gradients of the public sample or of clients, when asked for.
         """
+
+    def drawn(self, layers: Mapping[str, Any], seed: int, server_round: int) -> State:
+        """The frozen tensors that are new after ``server_round``, where they come from the seed alone.
+
+        Raises:
+            FedloraError: they do not, so they must be sent.
+        """
+        raise FedloraError(f"the strategy asks for new frozen tensors, and adapter {self.label} cannot draw them")
 
     def own_tensors(self, layers: Mapping[str, Any], seed: int, client: str) -> State:
         """The tensors of place ``client`` of one training client."""

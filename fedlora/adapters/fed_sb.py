@@ -23,6 +23,7 @@ from fedlora.adapters.factored import LowRankAdapter, LowRankConfig, factor_weig
 from fedlora.adapters.quantised import decoded_weight
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
+from fedlora.seeding import derive_seed
 
 
 class FedSBLinear(CoreLinear):
@@ -107,16 +108,24 @@ class FedSB(LowRankAdapter):
                 r.copy_(torch.diag(basis.core) / self.scale) if basis else r.zero_()
                 a.copy_(basis.right) if basis else a.zero_()
 
+    def drawn(self, layers: Mapping[str, LoraLayer], seed: int, server_round: int) -> State:
+        """The seeded basis that is new after ``server_round``, the same for the server and every client."""
+        return self.refreshed(layers, None, {}, derive_seed(seed, "refresh", server_round))
+
     def refreshed(
-        self, layers: Mapping[str, LoraLayer], seed: int, gradients: State | None, correction: Mapping[str, Tensor]
+        self,
+        layers: Mapping[str, LoraLayer],
+        gradients: State | None,
+        correction: Mapping[str, Tensor],
+        seed: int = 0,
     ) -> State:
         """A new basis of every layer, for R = 0: the frozen tensors that take the place of the present ones.
 
         Args:
             layers: injected layers by module name; on the meta device the tensors have shapes only.
-            seed: of the seeded basis; another than the last, so that the subspace is another.
             gradients: ``{module: [m, n]}`` summed loss gradients at the present model, for the gradient basis.
             correction: what has been added to the backbone ``{module: [m, n]}``, for the basis of the weight.
+            seed: of the seeded basis; another than the last, so that the subspace is another.
         """
         frozen: State = {}
         for name, layer in layers.items():

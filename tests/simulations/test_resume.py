@@ -32,6 +32,7 @@ CASES = {
     "flexlora": ["method=flexlora", "adapter.client_ranks=[4,2,1]"],
     "fed_sb, gradients of clients": ["method=fed_sb", "adapter.basis=client_gradient"],
     "fed_sb, a new basis": ["method=fed_sb", "strategy.refresh=2"],
+    "fed_sb, a new basis that clients draw": ["method=fed_sb", "adapter.basis=seeded", "strategy.refresh=1"],
     "fedsvd": ["method=fedsvd", "strategy.refresh=2"],
     "fedsa": ["method=fedsa", "engine=cohort"],
     "rolora": ["method=rolora", "client.keep_optimizer=true"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from fedlora.evaluation import loss_gradients
 from fedlora.federation import Federation
 from fedlora.lowrank import LowRank, relative_distance
 from fedlora.model import AdaptedModel
+from fedlora.store import ClientStore
+from simulations.plan import plan_run
 from simulations.simulate import start
 from strategies import FedSB
 from strategies.base import Reply, Server
@@ -191,9 +194,28 @@ def test_a_run_is_exact_in_every_round_and_counts_every_new_basis(tiny: Compose,
     assert max(record["aggregation_error"] for record in records) <= 1e-6
     clients = len(records[0]["cohort"])
     whole = clients * 4 * 4 * 4 * (32 + 32)  # fp32, rank 4, query and value of two layers
-    assert [r["setup_bytes"] for r in records] == [whole if basis == "gradient" else 0, 0, whole, 0, whole]
+    first, later = (whole if basis == "gradient" else 0), (0 if basis == "seeded" else whole)
+    assert [r["setup_bytes"] for r in records] == [first, 0, later, 0, later]
     downs = [record["payload_down"] - record["payload_up"] for record in records]
     assert downs == [0, 0, whole, 0, whole]  # the residuals are as large as the basis
+
+
+def test_a_client_draws_the_newest_seeded_basis_itself(tiny: Compose, tmp_path: Path) -> None:
+    """Also one that was away for several of them; and it is the server's, bit by bit."""
+    config = tiny("method=fed_sb", "adapter.basis=seeded", "strategy.refresh=2", "cohort.size=2", "rounds=11")
+    planned, summary = plan_run(config), start(config, tmp_path / "run")
+    assert summary["totals"]["setup_bytes"] == planned["setup_bytes"] == 0
+    store = ClientStore(tmp_path / "run" / "clients")
+    rounds = [(r["round"], client) for r in rounds_of(tmp_path / "run")[1:] for client in r["cohort"]]
+    seen: dict[str, list[int]] = {client: [r for r, who in rounds if who == client] for _, client in rounds}
+    assert any(after - before > 4 for took_part in seen.values() for before, after in pairwise(took_part))
+    for client, took_part in seen.items():
+        newest = (took_part[-1] - 1) // 2 * 2
+        assert store.read(client, 1000).references.get("setup") == (f"basis-{newest}" if newest else None)
+    saved = load_file(tmp_path / "run" / "adapter" / "fedlora_state.safetensors")
+    drawn = store.get_shared("basis-10")
+    assert drawn
+    assert all(torch.equal(value, saved[key]) for key, value in drawn.items())
 
 
 def test_a_run_takes_the_gradients_of_the_new_basis_at_its_present_model(tiny: Compose, tmp_path: Path) -> None:
