@@ -19,3 +19,12 @@ for _variable, _value in {
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """``simulate`` and ``Result``, imported when asked for: what simulates stands on this package, not below it."""
+    if name in ("simulate", "Result"):
+        from simulations import python
+
+        return getattr(python, name)
+    raise AttributeError(f"module 'fedlora' has no attribute '{name}'")
