@@ -213,6 +213,7 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
             "hovermode": "closest",
+            "showlegend": True,
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "maxheight": 2000},
             "xaxis": _axis(x_title),
             "yaxis": _axis(y_title),

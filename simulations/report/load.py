@@ -200,7 +200,7 @@ def _section(runs: list[Run], differs: dict[str, Any], split: str | None) -> Sec
     for method, seed, folder in rows.loc[~kept, ["method", "seed", "folder"]].itertuples(index=False):
         log.warning("Left out: %s is another run of %s with seed %s and the same settings.", folder, method, seed)
     rounds = rounds[rounds["folder"].isin(rows.loc[kept, "folder"])]
-    order = rows["method"].map({name: place for place, name in enumerate(REFERENCES)}).fillna(len(REFERENCES))
+    order = rows["kind"].map({name: place for place, name in enumerate(REFERENCES)}).fillna(len(REFERENCES))
     rows = rows[kept].assign(order=order[kept]).sort_values("order", kind="stable").drop(columns="order")
     return Section(_title(runs[0].settings), metric, chosen, rows.reset_index(drop=True), rounds, differs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,8 @@ class Report:
         for each in map(Path, (path, *tables)):
             if not each.absolute().parent.is_dir():
                 raise InputError(f"'{each}' cannot be written: the folder '{each.absolute().parent}' does not exist.")
+            if not os.access(each.absolute().parent, os.W_OK):
+                raise InputError(f"'{each}' cannot be written: '{each.absolute().parent}' is not yours to write to.")
             if each.is_dir():
                 raise InputError(f"'{each}' is a folder. Name a file, such as {each / 'report.html'}.")
         texts = {Path(each): table.EXPORTS[Path(each).suffix](self.sections) for each in tables}

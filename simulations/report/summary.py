@@ -32,12 +32,13 @@ def front(cost: Frame, score: Frame) -> Frame:
 def gap_closed(runs: Frame) -> Frame:
     """``(score - local) / (central - local)`` of every run whose seed has both references and a gap between them.
 
-    Missing where a reference is missing or ``central`` is no better than ``local``; and for the references themselves.
+    Missing where a reference is missing or there are several of one (say, two learning rates), where ``central`` is no
+    better than ``local``, and for the references themselves.
     """
 
     def of(kind: str) -> Frame:
-        rows = runs[runs["kind"] == kind]
-        return runs["seed"].map(rows.groupby("seed")["score"].mean())
+        scores = runs[runs["kind"] == kind].groupby("seed")["score"]
+        return runs["seed"].map(scores.mean().where(scores.size() == 1))
 
     local, gap = of("local"), of("central") - of("local")
     return ((runs["score"] - local) / gap).where((gap > 0) & ~runs["reference"])

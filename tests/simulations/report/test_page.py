@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_a_click_in_the_legend_hides_a_method_and_its_band(browser: Browser, pat
         ".every(t => t.visible === 'legendonly')",
         arg=name,
     )
+    opened.page.close()
+
+
+def test_names_are_text_and_never_markup(browser: Browser, sweep: Path, tmp_path: Path) -> None:
+    name = "</script><img src=x onerror=alert(1)><b>bold"
+    shutil.copytree(sweep / "fedit-1", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "label": name}))
+    Report.of(tmp_path / "run").write(tmp_path / "report.html")
+    opened = Opened(browser, tmp_path / "report.html")
+    assert opened.page.locator("tbody th").inner_text().strip() == name
+    assert opened.page.locator("#error-1 .legendtext").text_content() == name
+    assert opened.page.locator("#clients-1 .ytick").text_content() == name.replace(" ", "", 1)
+    assert (opened.page.locator("img[src=x]").count(), opened.complaints) == (0, [])
     opened.page.close()
 
 

@@ -64,6 +64,7 @@ def test_the_gap_is_that_of_each_seed() -> None:
     assert gap_closed(runs).round(9).tolist()[2] == 0.75
     assert gap_closed(runs).isna().tolist() == [True, True, False, True]
     assert gap_closed(runs.assign(score=[0.9, 0.5, 0.8, 0.8])).isna().all()
+    assert gap_closed(pd.concat([runs, runs.iloc[:1].assign(score=0.6)], ignore_index=True)).isna().all()
 
 
 points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
