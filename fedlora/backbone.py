@@ -214,10 +214,8 @@ class Backbone:
         """
         heads, seed = tuple(heads), derive_seed(seed, "head")
         load = partial(self._loaded, auto_class, seed, quantized, heads, dtype, overrides)
-        if self.path is None:
+        if self.path is None or (quantized and self.settings.quantization != "none"):
             return load().module
-        if quantized and self.settings.quantization != "none":
-            return copy_of(load(), seed)
         key = (self.settings.model_dump_json(), self.path, auto_class, heads, dtype, repr(sorted(overrides.items())))
         return copy_of(RESIDENT.get(key, load), seed)
 
