@@ -58,7 +58,8 @@ def pareto(section: Section, styles: Styles) -> go.Figure | None:
         )  # fmt: skip
     ends = [means["bytes_mean"].min() / 1.5, means["bytes_mean"].max() * 1.5]
     _references(figure, section, styles, ends)
-    return figure.update_xaxes(type="log", tickformat="~s", ticksuffix="B")
+    steps = "D2" if ends[1] < 1000 * ends[0] else 1  # marks at 1, 2 and 5, or at powers of ten
+    return figure.update_xaxes(type="log", tickformat="~s", ticksuffix="B", dtick=steps)
 
 
 def curve_by_round(section: Section, styles: Styles) -> go.Figure | None:

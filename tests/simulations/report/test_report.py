@@ -25,6 +25,13 @@ def test_a_lone_reference_has_no_pareto_front(sweep: Path) -> None:
     assert "clients" in figures
 
 
+def test_the_page_says_where_seeds_do_not_support_a_comparison(sweep: Path) -> None:
+    uneven, one = "Not every method has every seed", "One seed: a demonstration"
+    for runs, expected in ((["*"], []), (["ffa-*", "fedit-1"], [uneven]), (["ffa-1", "fedit-1"], [one])):
+        html = Report.of(*(sweep / name for name in runs)).html()
+        assert [text for text in (uneven, one) if text in html] == expected
+
+
 def test_no_two_methods_look_alike() -> None:
     names = [f"method {number}" for number in range(24)]
     assert len(set(styles(names, []).values())) == 24
