@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar on -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv simulate bench test test-slow lint clean
+.PHONY: help .venv simulate bench test test-slow lint docs clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ lint: .venv/.installed ## Check style and types
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 
+docs: .venv/.installed ## Build the documentation in site/, to open from disk
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "Open $(CURDIR)/site/index.html"
+
 clean: ## Remove the environment, caches and builds; run folders stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find fedlora strategies simulations tests -name __pycache__ -type d -prune -exec rm -rf {} +
