@@ -214,8 +214,9 @@ class Worker:
 
         The order of rows depends on (seed, round, ``stream``) only.
         """
-        config = self.federation.config
+        config, pool = self.federation.config, tuple(pool)
         return Member(
+            pool[0],
             state,
             np.concatenate([self.federation.index.train[client] for client in pool]),
             partial(numpy_rng, config.seed, "batches", server_round, stream),

@@ -32,6 +32,7 @@ class Member:
     """One client of a cohort: all that its training needs beside what is frozen.
 
     Attributes:
+        client: its id; of a pool, the first one's.
         state: every trained tensor to start from, on the CPU.
         rows: the numbers of its training rows.
         rng: makes the generator that draws the order of its rows, the same at every call.
@@ -41,6 +42,7 @@ class Member:
         keys: the tensors of ``state`` that are trained; the same for all members of a cohort.
     """
 
+    client: str
     state: State
     rows: np.ndarray
     rng: Callable[[], np.random.Generator]
@@ -90,6 +92,7 @@ def train_alone(
                 member.moments,
                 keys,
                 phase.objective(task),
+                lambda state: _penalty_alone(model, state, member.client),
             )
             losses.append(loss)
             moments |= kept
@@ -102,6 +105,12 @@ def _phases(model: AdaptedModel, keys: tuple[str, ...]) -> list[tuple[Phase, tup
     """The phases of a round, each with those of ``keys`` that it trains; without those that train none."""
     phases = [(phase, model.in_phase(phase, keys)) for phase in model.phases]
     return [(phase, trained) for phase, trained in phases if trained]
+
+
+def _penalty_alone(model: AdaptedModel, state: State, client: str) -> State:
+    """The gradients of the adapter's penalty for one client."""
+    stacked = model.penalty_gradient({key: value.unsqueeze(0) for key, value in state.items()}, [client])
+    return {key: value.squeeze(0) for key, value in stacked.items()}
 
 
 def train_cohort(
@@ -150,6 +159,7 @@ def _train_phase(
     """
     whole = settings.batch_size * settings.grad_accumulation
     orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
+    clients = [member.client for member in members]
     optimizer = _Optimizer({key: stacked[key] for key in keys}, members, settings)
     losses = torch.full((len(members), max(steps)), math.nan, device=model.device)
     model.own_trainables(keys)
@@ -162,7 +172,8 @@ def _train_phase(
             gradients, losses[:active, step] = cohort_gradients(
                 model, axis, task, encoded, leaves, batches, settings.batch_size
             )
-            optimizer.step(gradients, rates)
+            penalty = model.penalty_gradient({key: stacked[key][:active] for key in keys}, clients[:active])
+            optimizer.step(gradients, penalty, rates)
     return losses.double().cpu().numpy(), optimizer
 
 
@@ -231,14 +242,15 @@ class _Optimizer:
             self.first = {key: _stacked(members, key, "exp_avg", value) for key, value in stacked.items()}
             self.second = {key: _stacked(members, key, "exp_avg_sq", value) for key, value in stacked.items()}
 
-    def step(self, gradients: State, rates: Sequence[float]) -> None:
-        """One step of the first ``len(rates)`` clients, each at its own rate; ``gradients`` may be overwritten."""
+    def step(self, gradients: State, penalty: State, rates: Sequence[float]) -> None:
+        """One step of the first ``len(rates)`` clients, each at its own rate; ``penalty`` is added after clipping."""
         settings, active = self.settings, len(rates)
         device = next(iter(self.stacked.values())).device
         if settings.max_grad_norm is not None:
             norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
             scale = (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
             gradients = {key: g * _wide(scale, g) for key, g in gradients.items()}
+        gradients = gradients | {key: gradients[key] + value for key, value in penalty.items()}
         lr = torch.tensor(rates, dtype=torch.float64)
         known: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
         shrink = (1 - lr * settings.weight_decay).float().to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TypeVar, cast
@@ -205,10 +205,12 @@ class AdaptedModel:
         self.adapter.initialise(self.layers, seed, gradients)
 
     def own_of(self, client: str) -> State:
-        """The tensors of :attr:`own` of a training client; see :meth:`Adapter.own_tensors`."""
-        if not self.own:
-            return {}
+        """What a training client starts from that is its own; see :meth:`Adapter.own_tensors`."""
         return self.adapter.own_tensors(self.layers, self.seed, client)
+
+    def penalty_gradient(self, state: Mapping[str, Tensor], clients: Sequence[str]) -> State:
+        """Gradients ``{key: [clients, ...]}`` of the adapter's penalty; see :meth:`Adapter.penalty_gradient`."""
+        return self.adapter.penalty_gradient(self.layers, self.seed, state, clients)
 
     @cached_property
     def affinity(self) -> Affinity:

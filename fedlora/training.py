@@ -32,6 +32,7 @@ def train_steps(
     moments: Mapping[str, Tensor],
     keys: tuple[str, ...],
     objective: Callable[[nn.Module, Batch], Tensor],
+    penalty: Callable[[State], State] | None = None,
 ) -> tuple[float, State]:
     """Train the tensors ``keys`` of the model in place on ``rows``.
 
@@ -47,6 +48,7 @@ def train_steps(
         moments: the optimiser state to continue from, as this function returned it; empty to start anew.
         keys: what is trained.
         objective: the mean loss of a batch, a scalar.
+        penalty: gradients that no data enter, from what is trained; added to those of the loss after clipping.
 
     Returns:
         The mean loss over the steps, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is set.
@@ -69,11 +71,18 @@ def train_steps(
                 raise FedloraError(f"the loss is {losses[-1]} at local step {len(losses)}")
             if settings.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            if penalty is not None:
+                for key, gradient in penalty({key: p.detach() for key, p in parameters.items()}).items():
+                    parameters[key].grad = _sum(parameters[key].grad, gradient)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             optimizer.step()
     model.assert_trainables(keys)
     return float(np.mean(losses)), _moments(optimizer, parameters) if settings.keep_optimizer else {}
+
+
+def _sum(gradient: Tensor | None, penalty: Tensor) -> Tensor:
+    return penalty if gradient is None else gradient + penalty
 
 
 def _backward(

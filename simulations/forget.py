@@ -39,8 +39,8 @@ def forget(run_dir: Path, owner: str) -> dict[str, Any]:
 
     Returns:
         What was done: ``kind`` (exact unlearning, or block removal), ``reasons`` why it is not exact, ``at`` (UTC),
-        ``clients`` that owned the block, ``share`` of ||dW||^2 that was removed, ``metrics`` of the model that is left,
-        ``text`` in sentences.
+        ``clients`` that owned the block, its ``share`` of all blocks' squared norms, ``metrics`` of the model that is
+        left, ``text`` in sentences.
 
     Raises:
         InputError: there is no finished run, it has no blocks, or none of this owner.
@@ -144,7 +144,7 @@ def _text(owner: str, record: dict[str, Any]) -> str:
     """What was done, in sentences."""
     alone = record["clients"] == [owner]
     clients = "" if alone else f" ({len(record['clients'])} clients: {_some(record['clients'])})"
-    gone = f"its block, {record['share']:.1%} of the squared norm of the sum, is gone"
+    gone = f"its block, {record['share']:.1%} of the squared norms of all blocks, is gone"
     done = f"{record['kind']} of '{owner}'{clients}: {gone}"
     if record["reasons"]:
         return (

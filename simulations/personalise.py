@@ -51,7 +51,7 @@ def personalised(
 
 
 def _member(worker: Worker, client: str, state: State, server_round: int) -> Member:
-    start = worker.narrowed({**worker.start_of(client), **state}, client)
+    start = worker.narrowed({**worker.start_of(client), **state, **worker.model.own_of(client)}, client)
     keys = worker.model.trains(capability=worker.federation.capability(client))
     return worker.member(start, [client], server_round, f"personalise {client}", keys=keys)
 

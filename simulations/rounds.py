@@ -213,7 +213,7 @@ class FederatedRun:
             return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
         dtype = torch.float64 if self.ours is not None and self.ours.exact else torch.float32
         if type(model.adapter) is not Lora:
-            deltas = (self._delta({**s, **model.own_of(client)}) for s, client in zip(states, owners, strict=True))
+            deltas = (self._delta({**model.own_of(client), **s}) for s, client in zip(states, owners, strict=True))
             whole = math.fsum(shares)  # 1 where the aggregate is a mean
             return {name: mean.scale(whole) for name, mean in weighted_mean(deltas, shares, dtype).items()}
         self._probes = probes(states, self.config.seed)

@@ -13,6 +13,7 @@ from strategies.fedsvd import FedSVD
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA
 from strategies.local import Local
+from strategies.o_lora import OLora
 from strategies.personal_lora import PersonalLora
 from strategies.pfedlora import PFedLoRA
 from strategies.ravan import Ravan
@@ -33,6 +34,7 @@ __all__ = [
     "FederatedStrategy",
     "FlexLoRA",
     "Local",
+    "OLora",
     "Outgoing",
     "PFedLoRA",
     "PersonalLora",

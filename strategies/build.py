@@ -77,11 +77,11 @@ def build_strategy(settings: Mapping[str, Any], model: AdaptedModel) -> Strategy
             f"model that {strategy_class.__name__} could leave behind. Use the strategy that belongs to the adapter "
             "('fedlora methods' lists the pairs), or an adapter that shares all it trains."
         )
-    if model.own and not getattr(strategy_class, "own_subspaces", False):
+    if (model.own or model.adapter.disjoint) and not getattr(strategy_class, "own_subspaces", False):
         raise InputError(
             f"adapter={model.adapter.label} gives every client a subspace of its own, and {strategy_class.__name__} "
             "would mix numbers that belong to different subspaces. Use strategy=disjoint, which sums the clients' "
-            "updates, or adapter.subspace=shared."
+            "updates (strategy=o_lora for adapter=o_lora), or adapter=orthogonal adapter.subspace=shared."
         )
     if not model.shared and getattr(strategy_class, "communicates", True):
         raise InputError(

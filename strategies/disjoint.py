@@ -37,7 +37,7 @@ class Disjoint(CorrectedStrategy):
 
     Attributes:
         owners: who owns the rows of each training client: itself, or its group.
-        blocks: B of every module, for each owner of which a client has trained.
+        blocks: what is trained of every module (B), for each owner of which a client has trained.
     """
 
     own_subspaces: ClassVar[bool] = True
@@ -63,10 +63,15 @@ class Disjoint(CorrectedStrategy):
     def prepare(self, model: AdaptedModel) -> None:
         """Needs rows of its own for every client or group."""
         adapter = cast(OrthogonalLora, model.adapter)
-        if not isinstance(model.adapter, OrthogonalLora) or not adapter.disjoint:
+        if not (isinstance(model.adapter, OrthogonalLora) and adapter.disjoint):
             raise InputError(
                 f"strategy=disjoint sums updates of clients in subspaces of their own, and adapter="
                 f"{adapter.label} has one for all. Use adapter=orthogonal adapter.subspace=disjoint."
+            )
+        if self.exact and not adapter.affine:
+            raise InputError(
+                f"strategy=disjoint is exact where only B is trained, and adapter={adapter.label} trains A too. Use "
+                "strategy=o_lora, or adapter=orthogonal adapter.subspace=disjoint."
             )
         if self.isolation == "strict" and adapter.settings.groups and adapter.config.client_modules is not None:
             raise InputError(
@@ -122,17 +127,17 @@ class Disjoint(CorrectedStrategy):
     def update_of(self, blocks: Mapping[str, State]) -> dict[str, LowRank]:
         """sum_g s B_g A_g of every module over some owners' ``{owner: B}``."""
         scale = cast(OrthogonalLora, self._model.adapter).scale
-        owned = {owner: self._model.own_of(self._members[owner]) for owner in blocks}
+        owned = [{**self._model.own_of(self._members[owner]), **block} for owner, block in blocks.items()]
         return {
             module: LowRank(
-                torch.cat([block[f"{module}.lora_B.weight"] for block in blocks.values()], 1) * scale,
-                torch.cat([owned[owner][f"{module}.lora_A.weight"] for owner in blocks], 0),
+                torch.cat([block[f"{module}.lora_B.weight"] for block in owned], 1) * scale,
+                torch.cat([block[f"{module}.lora_A.weight"] for block in owned], 0),
             )
             for module in self._model.layers
         }
 
     def squared_norms(self) -> dict[str, float]:
-        """||s B_k A_k||^2 over all modules, for each owner; they sum to that of the whole."""
+        """||s B_g A_g||^2 over all modules, for each owner; of orthogonal rows they sum to that of dW."""
         return {
             owner: sum(update.norm() ** 2 for update in self.update_of({owner: block}).values())
             for owner, block in self.blocks.items()

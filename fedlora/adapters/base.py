@@ -7,7 +7,7 @@ names their tensors; the list of trained tensors is ours, because PEFT turns gra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -113,6 +113,11 @@ class Adapter(ABC):
         return False
 
     @property
+    def disjoint(self) -> bool:
+        """Whether clients train in subspaces of their own, which only some strategies can aggregate."""
+        return False
+
+    @property
     def client_ranks(self) -> list[int] | dict[int, float] | None:
         """Ranks of the clients where they differ; see :mod:`fedlora.ranks` and :mod:`fedlora.capability`."""
         return None
@@ -191,7 +196,26 @@ class Adapter(ABC):
         raise FedloraError(f"the strategy asks for new frozen tensors, and adapter {self.label} cannot draw them")
 
     def own_tensors(self, layers: Mapping[str, Any], seed: int, client: str) -> State:
-        """The tensors of place ``client`` of one training client."""
+        """What one training client starts from that is not the same everywhere: all tensors of place ``client``."""
+        return {}
+
+    def penalty_gradient(
+        self, layers: Mapping[str, Any], seed: int, state: Mapping[str, Tensor], clients: Sequence[str]
+    ) -> State:
+        """The gradients of a penalty on the trained tensors that no data enter; by default there is none.
+
+        They are added to the gradients of the loss after those were clipped (and, under differential privacy, have got
+        their noise): a penalty is no secret, so it needs no noise and must not use up the norm that data may have.
+
+        Args:
+            layers: injected layers by module name.
+            seed: the run's seed.
+            state: what is trained, of several clients: ``{key: [clients, ...]}``.
+            clients: their ids.
+
+        Returns:
+            ``{key: [clients, ...]}`` of the penalised keys.
+        """
         return {}
 
     def settled(self, state: Mapping[str, Tensor]) -> State:

@@ -85,12 +85,15 @@ class OwnRows:
 
     def of(self, place: int, owners: int, n: int, seed: int, module: str) -> Tensor:
         """Those of the owner at ``place`` of ``owners``."""
+        return self.all(owners, n, seed, module)[place * self.each : (place + 1) * self.each]
+
+    def all(self, owners: int, n: int, seed: int, module: str) -> Tensor:
+        """Those of all owners, one after the other ``[owners each, n]``."""
         key = (owners, seed, module)
         if key not in self._known:
             sizes = [self.common] * (self.common > 0) + [self.each] * owners
             self._known[key] = orthonormal_rows(n, sizes, seed, module)
-        start = self.common + place * self.each
-        return self._known[key][start : start + self.each]
+        return self._known[key][self.common :]
 
 
 def complementary_rows(weight: Tensor, rank: int, avoid: int, seed: int, module: str) -> Tensor:

@@ -52,7 +52,7 @@ class OrthogonalLora(FrozenALora):
 
     def __init__(self, config: OrthogonalConfig) -> None:
         super().__init__(config)
-        self._rows = OwnRows(self.sizes.rank)
+        self.rows = OwnRows(self.sizes.rank)
         if self.settings.groups is not None and not self.disjoint:
             raise InputError(
                 f"adapter.groups = {self.settings.groups} needs rows of their own for groups of clients, and with "
@@ -68,8 +68,12 @@ class OrthogonalLora(FrozenALora):
     @property
     def label(self) -> str:
         """``orthogonal[shared]`` and so on, ``orthogonal[disjoint][groups=4]``."""
-        groups = "" if self.settings.groups is None else f"[groups={self.settings.groups}]"
-        return f"{self.config.name}[{self.settings.subspace}]{groups}"
+        return f"{self.config.name}[{self.settings.subspace}]{self.groups_label}"
+
+    @property
+    def groups_label(self) -> str:
+        """``[groups=4]``; nothing where every client is its own owner."""
+        return "" if self.settings.groups is None else f"[groups={self.settings.groups}]"
 
     @property
     def disjoint(self) -> bool:
@@ -87,7 +91,7 @@ class OrthogonalLora(FrozenALora):
         return {client: f"group-{place % groups:04d}" for place, client in enumerate(self.clients)}
 
     @cached_property
-    def _slices(self) -> dict[str, int]:
+    def slices(self) -> dict[str, int]:
         """The number of every owner's slice of rows."""
         return {owner: number for number, owner in enumerate(dict.fromkeys(self.owners.values()))}
 
@@ -104,16 +108,17 @@ class OrthogonalLora(FrozenALora):
         super().check(layers, tensors)
         if self.disjoint:
             self._check_groups()
-        rank, avoid, count = self.sizes.rank, self.settings.avoid, len(self._slices)
+        rank, avoid, count = self.sizes.rank, self.settings.avoid, len(self.slices)
         for name, layer in layers.items():
             n, m = int(layer.in_features), int(layer.out_features)  # pyright: ignore
             if self.disjoint and count * rank > n:
                 fewer = f"adapter.rank <= {n // count}, or " if count <= n else ""
                 who, kind = ("training clients", "clients") if self.settings.groups is None else ("groups", "groups")
                 raise InputError(
-                    f"adapter.subspace=disjoint gives each of {count} {who} adapter.rank = {rank} rows of its own, and "
+                    f"adapter={self.label} gives each of {count} {who} adapter.rank = {rank} rows of its own, and "
                     f"layer '{name}' has n = {n} input features: enough for {n // rank} {kind}. Use {fewer}"
-                    f"adapter.groups <= {n // rank} (clients of a group share its rows), or adapter.subspace=shared."
+                    f"adapter.groups <= {n // rank} (clients of a group share its rows), or adapter=orthogonal "
+                    "adapter.subspace=shared."
                 )
             if self.settings.subspace == "complementary" and avoid > min(m, n - rank):
                 raise InputError(
@@ -153,11 +158,14 @@ class OrthogonalLora(FrozenALora):
         """Rows ``i r`` to ``(i + 1) r`` of each layer's orthonormal ``[owners r, n]``, for owner i."""
         if not self.disjoint:
             return {}
-        place = self._slices[self.owners[client]]
-        return {f"{name}.lora_A.weight": self._own_rows(name, layer, seed, place) for name, layer in layers.items()}
+        place = self.slices[self.owners[client]]
+        return {
+            f"{name}.lora_A.weight": torch.zeros(self.sizes.rank, _inputs(layer), device="meta")
+            if factor_weight(layer, "lora_A").is_meta
+            else self.rows.of(place, len(self.slices), _inputs(layer), seed, name)
+            for name, layer in layers.items()
+        }
 
-    def _own_rows(self, name: str, layer: LoraLayer, seed: int, place: int) -> Tensor:
-        rank, n = self.sizes.rank, int(layer.in_features)  # pyright: ignore
-        if factor_weight(layer, "lora_A").is_meta:
-            return torch.zeros(rank, n, device="meta")
-        return self._rows.of(place, len(self._slices), n, seed, name)
+
+def _inputs(layer: LoraLayer) -> int:
+    return int(layer.in_features)  # pyright: ignore

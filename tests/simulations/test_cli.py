@@ -130,7 +130,7 @@ def test_a_comparison_leaves_out_what_the_settings_do_not_suit_and_says_why(
     assert main(["plan", "--json", "--compare", *tiny_overrides, "adapter.rank=8"]) == 0
     captured = capsys.readouterr()
     assert "disjoint" not in [item["method"] for item in json.loads(captured.out)["methods"]]
-    assert "method=disjoint is left out: adapter.subspace=disjoint gives each of" in captured.err
+    assert "method=disjoint is left out: adapter=orthogonal[disjoint] gives each of" in captured.err
     assert main(["plan", "--compare", *tiny_overrides, "rounds=-1"]) == 2
     assert "Setting 'rounds' = -1 is not valid" in capsys.readouterr().err
 
