@@ -48,6 +48,7 @@ def _read(picture: Any, row: int, mode: str | None = None) -> Image.Image:
     """
     try:
         opened = _opened(picture)
+        opened.load()  # and close its file
         return opened if mode is None else opened.convert(mode)
     except (OSError, ValueError, TypeError, KeyError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

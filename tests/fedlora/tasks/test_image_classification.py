@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,16 @@ def test_a_palette_is_colour():
     assert shape_of(picture, 0) == (3, 8, 8)
     with pytest.raises(InputError, match=r"Row 4: the picture 'none\.png'"):
         shape_of("none.png", 3)
+
+
+def test_the_file_of_a_picture_does_not_stay_open(tmp_path: Path):
+    path = tmp_path / "grey.png"
+    Image.fromarray(np.zeros((4, 6), dtype=np.uint8)).save(path)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert shape_of(str(path), 0) == (1, 4, 6)
+        gc.collect()
+    assert [str(each.message) for each in warned] == []
 
 
 def test_an_unreadable_file_is_refused_with_its_path(tmp_path: Path):
