@@ -18,7 +18,7 @@ BLOCK = re.compile(r"^(?P<indent> *)```(?P<head>[^\n]*)\n(?P<body>.*?)^(?P=inden
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str, str]]:
-    """The paragraph before, the head (``bash``, ``python title="mine.py"``) and the text of every block in a language."""
+    """Every block in a language: the paragraph before it, its head (``python title="mine.py"``), and its text."""
     text = page.read_text()
     return [
         (text[: found.start()].strip().rpartition("\n\n")[2], found["head"], found["body"])
@@ -39,7 +39,7 @@ def inline(page: Path) -> list[list[str]]:
 
 
 def files(page: Path) -> dict[str, str]:
-    """Python files that the page gives whole: their name is the block's title, or stands before it: ```mine.py`, ...``."""
+    """Python files that the page gives whole; their name is the block's title, or the first word before it."""
     found = {}
     for before, head, body in blocks(page, "python"):
         name = re.search(r'title="(\S+)"', head) or re.match(r"`(\S+\.py)`", before)
@@ -74,7 +74,8 @@ def small(overrides: Sequence[str], place: Path, run_dir: str | None) -> list[st
     quick = {
         "rounds": "1", "cohort.size": "null", "client.local_steps": "1", "client.local_epochs": "1",
         "client.batch_size": "4", "client.max_length": "24", "eval.max_rows": "16", "eval.max_clients": "2",
-        "partition.min_rows": "3", "engine": config.engine.name if config.engine.name == "cohort" else "loop", "engine.threads": "1",
+        "partition.min_rows": "3", "engine": "cohort" if config.engine.name == "cohort" else "loop",
+        "engine.threads": "1",
     }  # fmt: skip
     if config.data.name == "rotten_tomatoes":
         quick |= {"data": "csv", "data.path": f"{place}/sites.csv", "data.client": "site"}
