@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
 from fedlora import wire
 from fedlora.adapters import State
-from fedlora.adapters.lora import Lora
 from fedlora.capability import Capability, announced, announcement
 from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
 from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
 from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
-from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from simulations import checkpoint
 from simulations.announcements import Capabilities
 from simulations.callbacks import Callback
 from simulations.client_gradients import GradientGrid, ask, summed
 from simulations.evaluator import Evaluation, Evaluator
-from simulations.probes import probes
+from simulations.exactness import Exactness
 from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, Server, completed, exact_mean, mean_of_trainers, weights
-from strategies.stacking import mean_update
+from strategies.base import FederatedStrategy, Server
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
 log = logging.getLogger("fedlora")
@@ -78,7 +72,7 @@ class FederatedRun:
         self.evaluator = Evaluator(worker, self.frozen)
         self.last: Evaluation | None = None
         self._engine_changes: dict[str, Any] = {}
-        self._probes: dict[str, Tensor] = {}
+        self._exactness = Exactness(worker.model, self.ours, self.config.seed)
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
@@ -147,12 +141,13 @@ class FederatedRun:
             replies = list(grid.send_and_receive(messages))
         failures = refused | self._failures(server_round, failed_in(replies, grid), len(replies))
         with self._clock("aggregate"), collector_paused():
-            expected = self._expected(replies, grid)
+            owners = [grid.client_of(reply.metadata.src_node_id) for reply in replies]
+            self._exactness.expect(replies, owners, self.state, self.frozen)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 self.state = wire.from_record(arrays)
                 self._refreeze(self.ours.frozen() if self.ours is not None else {})
-            error = self._aggregation_error(expected if arrays is not None else None)
+            error = "no replies" if arrays is None else self._exactness.error(self.state, self.frozen)
         del replies, messages  # no longer held while the round is evaluated
         loss = None if metrics is None else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
@@ -179,67 +174,6 @@ class FederatedRun:
             kind = InputError if reason.startswith("the loss is") else FedloraError
             raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
         return failed
-
-    def _expected(self, replies: list[Message], grid: ClientGrid) -> dict[str, LowRank] | None:
-        """The exact mean of the clients' dW (or their sum: ``shares`` of the strategy); ``None`` where there is none.
-
-        Of a strategy that averages each tensor over its trainers it is what it promises: that mean, in fp64.
-        Where dW is affine by its formula it is the dW of the mean, which costs least. LoRA's products are made block by
-        block, and only seen through a few directions where the cohort is large (:meth:`_seen`). Products are in fp64
-        where the strategy promises to be exact; next to the error of others the 3e-7 of fp32 is nothing, and costs
-        half. Taken before the strategy sees the replies: some consume them, and one that changes them must not be
-        measured against its own changes. Nothing of them is kept.
-        """
-        self._probes = {}
-        if self.ours is not None and self.ours.exact is None:
-            return None
-        usable = [r for r in replies if not r.has_error() and "arrays" in r.content]
-        contents = [r.content for r in usable]
-        if not contents:
-            return None
-        examples = [int(cast(int, cast(MetricRecord, content["metrics"])["num-examples"])) for content in contents]
-        owners = [grid.client_of(r.metadata.src_node_id) for r in usable]
-        shares = weights(examples, "examples") if self.ours is None else self.ours.shares(owners, examples)
-        model = self.worker.model
-        states = [wire.from_record(cast(ArrayRecord, content["arrays"])) for content in contents]
-        trained = [frozenset(state) for state in states]
-        states = [completed(state, self.state) for state in states]
-        if model.affinity.affine and model.affinity.error is None:
-            compared = [key for key in states[0] if key not in model.head]
-            if self.ours is not None and self.ours.over_trainers:
-                mean = mean_of_trainers({key: self.state[key] for key in compared}, states, shares, trained)
-            else:
-                mean = exact_mean(states, shares, compared)
-            return model.delta(mean, {key: value.double() for key, value in self.frozen.items()})
-        dtype = torch.float64 if self.ours is not None and self.ours.exact else torch.float32
-        if type(model.adapter) is not Lora:
-            deltas = (self._delta({**model.own_of(client), **s}) for s, client in zip(states, owners, strict=True))
-            whole = math.fsum(shares)  # 1 where the aggregate is a mean
-            return {name: mean.scale(whole) for name, mean in weighted_mean(deltas, shares, dtype).items()}
-        self._probes = probes(states, self.config.seed)
-        if self._probes:
-            return mean_update(model.adapter, states, shares, seen=self._seen)
-        return mean_update(model.adapter, states, shares, dtype=dtype)
-
-    def _aggregation_error(self, expected: dict[str, LowRank] | None) -> float | str:
-        """The error of this round, or the reason why it has no meaning."""
-        if self.ours is not None and self.ours.exact is None:
-            return "no aggregation"
-        if expected is None:
-            return "no replies"
-        actual = self._delta(self.state)
-        if self.ours is not None:
-            for module, residual in self.ours.residual().items():
-                actual[module] = actual[module] + residual
-        return relative_distance(expected, {module: self._seen(module, delta) for module, delta in actual.items()})
-
-    def _seen(self, module: str, delta: LowRank) -> LowRank:
-        """``delta``, or what the probe of its module sees of it."""
-        probe = self._probes.get(module)
-        return delta if probe is None else delta.through(probe)
-
-    def _delta(self, state: State) -> dict[str, LowRank]:
-        return self.worker.model.delta(state, self.frozen)
 
     def _complete(
         self,
