@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +22,8 @@ from fedlora.plugins import is_plugin_path
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OPEN_NODES = ("strategy.", "task.", "adapter.config.", "backbone.settings.", "tracking.settings.")
+CHOSEN = ("adapter.", "backbone.", "data.", "partition.")
+"""Nodes whose settings depend on the option that is chosen for them."""
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -46,6 +50,29 @@ def prepare_overrides(overrides: Iterable[str]) -> list[str]:
         opened = ["strategy=custom", *opened]
     named = any(o.startswith("task.name=") and is_plugin_path(o.partition("=")[2]) for o in overrides)
     return ["task=custom", *opened] if named and not any(o.startswith("task=") for o in overrides) else opened
+
+
+def in_every_trial(overrides: Iterable[str]) -> list[str]:
+    """Overrides of a sweep, so that a setting which only the swept choices have is not refused by the default ones.
+
+    Hydra puts ``adapter.groups=4`` into the configuration of the sweep itself, whose adapter has no groups, even where
+    ``method=disjoint,o_lora`` is swept; as the only value of a sweep it is put into every trial.
+    """
+    read = OverridesParser.create().parse_override
+    return [
+        f"{o.partition('=')[0]}=choice({o.partition('=')[2]})"
+        if o.startswith(CHOSEN) and o.partition("=")[2] and not read(o).is_sweep_override()
+        else o
+        for o in overrides
+    ]
+
+
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether an experiment among ``overrides``, or ``hydra.mode``, asks for a sweep."""
+    asking = [o for o in overrides if o.startswith(("experiment=", "hydra.mode="))]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=asking, return_hydra_config=True).hydra.mode is RunMode.MULTIRUN
 
 
 def _quoted(override: str) -> str:

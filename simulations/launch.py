@@ -103,7 +103,10 @@ def simulate(overrides: Sequence[str], *, multirun: bool, merged: bool, debug: b
     """Run or sweep through Hydra, print the table, and return the exit status."""
     launch = Launch(merged, debug)
     SweepStart.log = None
-    arguments = [*(["--multirun"] if multirun else []), *compose.prepare_overrides(overrides)]
+    prepared = compose.prepare_overrides(overrides)
+    if multirun or compose.is_sweep(prepared):
+        prepared = compose.in_every_trial(prepared)
+    arguments = [*(["--multirun"] if multirun else []), *prepared]
     try:
         _call_hydra(launch, arguments)
         if SweepStart.log is not None and SweepStart.tuning:

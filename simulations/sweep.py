@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -88,6 +89,11 @@ def names_of(trials: Sequence[Trial]) -> list[str]:
     return [" ".join(o for o in trial.overrides if o not in common and not o.startswith("method=")) for trial in trials]
 
 
+def _has_several(override: Override) -> bool:
+    only = override.is_choice_sweep() and len(list(override.sweep_iterator())) == 1
+    return override.is_sweep_override() and not only
+
+
 class SweepStart(Callback):
     """Told by Hydra where the trials of a sweep will be, whatever launches them.
 
@@ -110,7 +116,9 @@ class SweepStart(Callback):
         SweepStart.log, SweepStart.tuning = TrialLog(Path(config.hydra.sweep.dir)), config.tuning
         SweepStart.skip = len(SweepStart.log.read())
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        several = {override.key_or_group for override in given if override.is_sweep_override()}
+        several = {
+            override.key_or_group for override in given if override.is_sweep_override() and _has_several(override)
+        }
         SweepStart.swept = frozenset(several | set(config.hydra.sweeper.params or ()))
 
     @classmethod

@@ -78,6 +78,18 @@ def test_an_incompatible_pair_is_skipped_with_a_line(
     assert main([*command, "adapter=lora", "seed=1,2"]) == 2
 
 
+def test_a_setting_that_only_the_swept_methods_have_is_taken(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["simulate", "-m", *tiny_overrides, "adapter.rank=2", "rounds=1", "run_dir=sweep"]
+    assert main([*command, "method=disjoint,o_lora", "adapter.groups=4"]) == 0
+    shown = capfd.readouterr()
+    assert "trial" not in shown.out.splitlines()[2]  # nothing but the method sets them apart
+    assert main([*command, "method=disjoint,o_lora", "adapter.grups=4"]) == 2
+    assert "Unknown setting 'adapter.grups'." in capfd.readouterr().err
+
+
 def test_trials_in_processes_of_their_own_give_the_table_and_the_exit_status(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
