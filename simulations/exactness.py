@@ -16,7 +16,8 @@ from fedlora.adapters.lora import Lora
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.probes import probes
-from strategies.base import FederatedStrategy, completed, exact_mean, mean_of_trainers, weights
+from strategies.base import FederatedStrategy
+from strategies.means import completed, exact_mean, mean_of_trainers, weights
 from strategies.stacking import mean_update
 
 

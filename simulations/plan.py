@@ -37,8 +37,9 @@ from simulations.compose import CONF, choices_of, options, own_pair
 from simulations.finish import label
 from simulations.memory import predicted_peak, step_bytes, weight_bytes
 from simulations.sampler import cohort
-from strategies.base import FederatedStrategy, Outgoing, Reply, Server, completed, weights
+from strategies.base import FederatedStrategy, Outgoing, Reply, Server
 from strategies.build import build_strategy
+from strategies.means import completed, weights
 
 FP32 = 4
 

@@ -26,8 +26,9 @@ from fedlora.adapters.orthogonal import OrthogonalLora
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.model import AdaptedModel
-from strategies.base import Outgoing, Reply, weighted_mean, weights
+from strategies.base import Outgoing, Reply, weighted_mean
 from strategies.corrected import CorrectedStrategy
+from strategies.means import weights
 
 FILE = "blocks"
 

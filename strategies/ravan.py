@@ -15,7 +15,8 @@ from typing import ClassVar, Literal, cast
 from fedlora.adapters import State, ravan
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
-from strategies.base import FederatedStrategy, Outgoing, Reply, Server, mean_of_trainers
+from strategies.base import FederatedStrategy, Outgoing, Reply, Server
+from strategies.means import mean_of_trainers
 
 
 class Ravan(FederatedStrategy):

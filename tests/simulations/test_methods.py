@@ -23,8 +23,9 @@ from fedlora.lowrank import relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.compose import choices_of
 from simulations.plan import list_methods
-from strategies.base import FederatedStrategy, Reply, Server, completed, weights
+from strategies.base import FederatedStrategy, Reply, Server
 from strategies.build import build_strategy
+from strategies.means import completed, weights
 from tests.conftest import Compose
 from tests.fedlora.helpers import (
     SCALES,

@@ -12,7 +12,8 @@ from fedlora.adapters.lora import Lora
 from fedlora.federation import Federation
 from fedlora.lowrank import LowRank, relative_distance
 from simulations.probes import probes
-from strategies.base import exact_mean, require_lora
+from strategies.base import require_lora
+from strategies.means import exact_mean
 from strategies.stacking import mean_update
 from tests.conftest import Compose
 

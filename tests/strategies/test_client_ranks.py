@@ -22,8 +22,9 @@ from fedlora.store import ClientStore
 from simulations.plan import plan_run
 from simulations.simulate import start
 from strategies import FlexLoRA, FLoRA
-from strategies.base import Reply, weights
+from strategies.base import Reply
 from strategies.build import build_strategy
+from strategies.means import weights
 from tests.conftest import Compose
 from tests.fedlora.helpers import assert_same, random_state, request
 

@@ -21,7 +21,8 @@ from simulations.compose import compose_config
 from simulations.plan import plan_run
 from simulations.simulate import resume, start
 from strategies import Disjoint
-from strategies.base import Reply, weights
+from strategies.base import Reply
+from strategies.means import weights
 from tests.conftest import Compose
 from tests.simulations.test_cohort import assert_engines_agree
 from tests.simulations.test_resume import KillAt, Killed, assert_same_run

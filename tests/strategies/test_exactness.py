@@ -17,7 +17,8 @@ from fedlora.lowrank import relative_distance, weighted_mean
 from fedlora.model import AdaptedModel
 from simulations.engines.loop import LoopGrid
 from strategies import Average, FederatedStrategy, FedEx, FedIT, FlexLoRA, FLoRA
-from strategies.base import Reply, weights
+from strategies.base import Reply
+from strategies.means import weights
 from tests.conftest import Compose
 
 EXAMPLES = (50, 3, 20, 7)

@@ -26,7 +26,8 @@ from fedlora.store import ClientStore
 from simulations.plan import plan_run
 from simulations.simulate import resume, start
 from strategies import Ravan, weighted_mean
-from strategies.base import Reply, Server, completed, weights
+from strategies.base import Reply, Server
+from strategies.means import completed, weights
 from tests.conftest import Compose
 from tests.fedlora.helpers import assert_same, random_state, request
 from tests.simulations.test_cohort import assert_engines_agree

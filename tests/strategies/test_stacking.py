@@ -10,7 +10,8 @@ from fedlora.adapters import State
 from fedlora.adapters.lora import Lora
 from fedlora.federation import Federation
 from fedlora.lowrank import LowRank, relative_distance, weighted_mean
-from strategies.base import exact_mean, require_lora
+from strategies.base import require_lora
+from strategies.means import exact_mean
 from strategies.stacking import mean_update
 from tests.conftest import Compose
 from tests.fedlora.helpers import assert_same

@@ -25,7 +25,8 @@ from fedlora.store import ClientStore
 from simulations.plan import plan_run
 from simulations.simulate import resume, start
 from strategies import Ravan
-from strategies.base import Reply, weights
+from strategies.base import Reply
+from strategies.means import weights
 from tests.conftest import Compose
 from tests.fedlora.helpers import (
     FACTORS,
