@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from fedlora.config import Config
 from simulations.cli import sort_arguments
 from simulations.compose import compose_config, prepare_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<head>[^\n]*)\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
+DECISIVE = {
+    "experiment", "method", "data", "task", "task.name", "partition", "backbone", "engine", "adapter",
+    "adapter.config._target_",
+}  # fmt: skip
+"""Settings that decide what else must be given to make a run small."""
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str, str]]:
@@ -49,6 +56,12 @@ def files(page: Path) -> dict[str, str]:
     return found
 
 
+def snippets(page: Path) -> list[str]:
+    """The other blocks of Python, which are no files."""
+    whole = files(page).values()
+    return [body for _, head, body in blocks(page, "python") if body not in whole and "title=" not in head]
+
+
 def single(overrides: Sequence[str]) -> list[str]:
     """The first trial of a sweep; without what is Hydra's own, and values that a sweeper draws."""
     first = []
@@ -62,6 +75,12 @@ def single(overrides: Sequence[str]) -> list[str]:
     return first
 
 
+@lru_cache
+def choices(overrides: tuple[str, ...]) -> Config:
+    """The configuration with these choices of options, and otherwise defaults."""
+    return compose_config(overrides)
+
+
 def small(overrides: Sequence[str], place: Path, run_dir: str | None) -> list[str]:
     """The same settings on small data and a tiny backbone where they choose none, for one round of one step a client.
 
@@ -70,7 +89,7 @@ def small(overrides: Sequence[str], place: Path, run_dir: str | None) -> list[st
         place: the reader's folder; see :mod:`tests.docs.reader`.
         run_dir: where the run goes if the settings do not say.
     """
-    config = compose_config(single(overrides))
+    config = choices(tuple(o for o in single(overrides) if o.partition("=")[0].lstrip("+") in DECISIVE))
     quick = {
         "rounds": "1", "cohort.size": "null", "client.local_steps": "1", "client.local_epochs": "1",
         "client.batch_size": "4", "client.max_length": "24", "eval.max_rows": "16", "eval.max_clients": "2",
@@ -88,7 +107,7 @@ def small(overrides: Sequence[str], place: Path, run_dir: str | None) -> list[st
     if config.engine.name == "cohort":
         quick |= {"engine.workers": "0", "engine.tokens": "512"}  # Ray has tests of its own
     shared = config.backbone.name != "heterogeneous"
-    if shared and config.adapter.get("rank") and not config.adapter.get("client_ranks"):
+    if shared and config.adapter.get("rank") and not any(o.startswith("adapter.client_ranks=") for o in overrides):
         quick |= {"adapter.rank": "2"}
     if config.partition.clients is not None:
         quick |= {"partition.clients": "8"}

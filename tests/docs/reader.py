@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from fedlora.config import Config
 from simulations.compose import compose_config
 from simulations.simulate import start
 from tests.conftest import review_rows
@@ -33,7 +34,7 @@ def settle(place: Path, tiny_bert: Path, tiny_llama: Path) -> None:
     shutil.copy(ROOT / "tests" / "plugins" / "segmentation.py", place)
     networks = (ROOT / "tests" / "plugins" / "networks.py").read_text()
     (place / "nets.py").write_text(f"{networks}\n\nSmall, Large = Narrow, Wide\n")
-    _interrupted(place)
+    start(run_of(place), place / "runs" / "2026-01-31_12-00-00")
 
 
 def _texts(place: Path) -> None:
@@ -62,11 +63,17 @@ def _pictures(place: Path) -> None:
     frame.assign(hospital=[f"h{n % 4}" for n in range(40)]).to_parquet(place / "scans.parquet")
 
 
-def _interrupted(place: Path) -> None:
-    """A run that died after its first round."""
+def run_of(place: Path) -> Config:
+    """A small run on data that are there."""
     overrides = [
         f"data.path={place}/sites.csv", f"backbone.path={place}/tiny-minilm", "data=csv", "data.client=site",
         "backbone=hf", "rounds=2", "cohort.size=2", "client.local_steps=1", "eval.max_rows=16", "engine=loop",
     ]  # fmt: skip
+    return compose_config(overrides)
+
+
+def interrupt(place: Path, run: Path) -> None:
+    """Put a run that died after its first round in the place of ``run``."""
+    shutil.rmtree(run, ignore_errors=True)
     with pytest.raises(Killed):
-        start(compose_config(overrides), place / "runs" / "2026-01-31_12-00-00", callbacks=[KillAt(round_end=2)])
+        start(run_of(place), run, callbacks=[KillAt(round_end=2)])

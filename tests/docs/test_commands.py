@@ -8,26 +8,34 @@ import shlex
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+import fedlora
+from fedlora import Result
 from simulations.cli import _parser, main, sort_arguments
 from simulations.compose import CONF, compose_config
 from tests.docs import reader
-from tests.docs.commands import PAGES, ROOT, commands, files, inline, reduced, single
+from tests.docs.commands import PAGES, ROOT, commands, files, inline, reduced, single, small, snippets
 
 ELSEWHERE = {
     "fedlora bench": "takes minutes, and measures this machine",
     "engine.address=": "needs a Ray cluster",
     "hydra/launcher=submitit_slurm": "needs Slurm",
+    "source .venv/bin/activate": "is the shell's own",
+    "tensorboard ": "is a server",
     "lm_eval ": "is another program, and needs the hub",
 }
 """Commands that cannot be run here, by a part of them, and why. What can be checked of their settings is."""
 
 FEWER = {
-    "experiment=compare": ["method=zero_shot,fedit,ffa", "client.lr=1e-3,1e-2", "seed=1", "tuning.seeds=[1,2]"],
+    "experiment=compare": ["method=fedit,ffa", "client.lr=1e-3,1e-2", "seed=1", "tuning.seeds=[1,2]"],
+    "seed=1,2,3": ["seed=1"],
+    "seed=1,2,3,4": ["seed=1,2"],
     "hydra.sweeper.n_trials=20": ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"],
 }
 """Sweeps of many trials, by a part of them, and what makes them small."""
@@ -71,6 +79,15 @@ def test_every_command_of_the_page_works(
             status = outcome(words, tmp_path, number)
             said = capfd.readouterr()
             assert (status != 0) == (matching(failing, words) is not None), f"{said.out}\n{said.err}"
+    monkeypatch.setattr(fedlora, "simulate", partial(smaller, tmp_path, fedlora.simulate))
+    for text in snippets(page):
+        with subtests.test(text):
+            exec(compile(text, str(page), "exec"), {})
+
+
+def smaller(place: Path, simulate: Callable[..., Result], *overrides: str, run_dir: str) -> Result:
+    """``fedlora.simulate`` with small settings."""
+    return simulate(*small(overrides, place, None), run_dir=run_dir)
 
 
 def outcome(words: list[str], place: Path, number: int) -> int:
@@ -78,6 +95,8 @@ def outcome(words: list[str], place: Path, number: int) -> int:
     program = words[0]
     if matching(ELSEWHERE, words):
         return composes(words)
+    if words[:2] == ["fedlora", "resume"]:
+        reader.interrupt(place, place / words[2])
     if program == "fedlora":
         further = [setting for part, settings in FEWER.items() if part in words for setting in settings]
         return main(reduced(words, place, number, further))

@@ -17,11 +17,11 @@ class Segmentation(Task):
         return Schema(("background", "object"))
 
     def encode(self, rows, schema, max_length):
-        return EncodedRows.from_arrays(pixels=np.array(rows["image"].tolist()), mask=np.array(rows["label"].tolist()))
+        return EncodedRows.from_arrays(**{name: np.array([*map(np.stack, rows[name])]) for name in self.columns})
 
     def collate(self, rows, numbers):
         batch = collate(rows, numbers, pad_id=0)
-        return {"pixels": batch["pixels"][:, None].expand(-1, 3, -1, -1) / 127.5 - 1, "mask": batch["mask"]}
+        return {"pixels": batch["image"][:, None].expand(-1, 3, -1, -1) / 127.5 - 1, "mask": batch["label"]}
 
     def logits(self, model, batch):
         return interpolate(model(pixel_values=batch["pixels"]).logits, size=batch["mask"].shape[1:], mode="bilinear")
