@@ -6,7 +6,6 @@ holds the frozen backbone, so it can train one client after the other.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -18,7 +17,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora import correction, wire
+from fedlora import wire
 from fedlora.adapters import State
 from fedlora.capability import announcement
 from fedlora.cohort import Member, Trained
@@ -27,6 +26,7 @@ from fedlora.errors import FedloraError
 from fedlora.evaluation import loss_gradients
 from fedlora.federation import Federation
 from fedlora.grid import error_reply, parts_of
+from fedlora.held import Held
 from fedlora.layouts import Layouts
 from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
@@ -79,7 +79,7 @@ class Worker:
         self.model: AdaptedModel = federation.build_model()
         self.initial: State = self.model.read(self.model.per_client)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
-        self._shared_content: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+        self._held = Held(store, self.model)
         self._layouts = Layouts(self.model, federation.capability)
         self._unpacked: tuple[ArrayRecord, wire.Layout, State] | None = None
         self._packed = False
@@ -162,7 +162,7 @@ class Worker:
         parts = parts_of(instructions)
 
         record = self.store.read(client, server_round)
-        references = self._receive(record.references, content)
+        references = self._held.receive(record.references, content)
         restart = bool(instructions.get("restart", False))
         state = {
             **self.start_of(client),
@@ -254,9 +254,9 @@ class Worker:
 
     def frozen(self, references: Mapping[str, str]) -> Frozen:
         """The basis and the base correction of a client."""
-        factors = self._content("setup", references) or self.seeded_frozen
         key = references.get("setup"), references.get("correction")
-        return Frozen(key, factors, self._content("correction", references))
+        factors = self._held.content("setup", references) or self.seeded_frozen
+        return Frozen(key, factors, self._held.content("correction", references))
 
     def layout(self, client: str) -> wire.Layout:
         """Names and shapes of what travels to ``client``."""
@@ -275,62 +275,6 @@ class Worker:
         """What ``client`` has before a round: every trained tensor, those it keeps among them, and what is frozen."""
         record = self.store.read(client, before_round)
         return {**self.start_of(client), **record.private}, self.frozen(record.references)
-
-    def _receive(self, held: Mapping[str, str], content: RecordDict) -> dict[str, str]:
-        """Store what came with the message beyond the shared tensors; return the client's new references."""
-        references = dict(held)
-        setup = content.array_records.get("setup")
-        if setup is not None:
-            key = _key("setup", setup)
-            if not self.store.has_shared(key):
-                self.store.put_shared(key, wire.unpack(setup, self.model.shapes(self.model.frozen)))
-            references["setup"] = key
-        drawn_after = content.config_records["config"].get("basis")
-        if drawn_after is not None:
-            references["setup"] = self._drawn(int(drawn_after))  # pyright: ignore
-        if self.federation.adapter.broadcast_frozen and "setup" not in references:
-            raise FedloraError("the frozen basis never reached this client")
-        header = content.config_records["config"].get("correction")
-        if header is not None:
-            references["correction"] = self._correct(references, str(header), content.array_records["correction"])
-        return references
-
-    def _drawn(self, server_round: int) -> str:
-        """Draw the basis that is new after ``server_round``, once for all clients."""
-        key = f"basis-{server_round}"
-        if not self.store.has_shared(key):
-            self.store.put_shared(key, self.federation.adapter.drawn(self.model.layers, self.model.seed, server_round))
-        return key
-
-    def _correct(self, references: Mapping[str, str], header: str, record: ArrayRecord) -> str:
-        """Bring the client's base correction up to date; content reached by the same way is computed once."""
-        since, until = correction.versions(header)
-        before = references.get("correction", "0-none")
-        held_version = int(before.split("-")[0])
-        if since is not None and since != held_version:
-            raise FedloraError(f"base correction {since} expected, but this client holds {held_version}")
-        digest = hashlib.blake2b(f"{before}|{header}|{_key('correction', record)}".encode(), digest_size=12).hexdigest()
-        key = f"{until}-{digest}"
-        if not self.store.has_shared(key):
-            shapes = self.model.weight_shapes
-            tensors = wire.unpack(record, correction.layout_of(header, shapes))
-            held = self.store.get_shared(before) if "correction" in references else {}
-            self.store.put_shared(key, correction.apply_update(held, header, tensors))
-        return key
-
-    def _content(self, kind: str, references: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """Shared content of a client, kept in memory while clients refer to the same."""
-        key = references.get(kind)
-        if key is None:
-            return {}
-        cached = self._shared_content.get(kind)
-        if cached is None or cached[0] != key:
-            cached = self._shared_content[kind] = (key, self.store.get_shared(key))
-        return cached[1]
-
-
-def _key(kind: str, record: ArrayRecord) -> str:
-    return f"{kind}-{hashlib.blake2b(record[wire.PACKED].data, digest_size=12).hexdigest()}"
 
 
 def asks_for_training(message: Message) -> bool:
