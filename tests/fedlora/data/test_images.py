@@ -46,6 +46,24 @@ def test_mnist_has_500_pictures_of_every_digit() -> None:
     assert ones < zeros / 2  # a one needs less ink: pixels and labels belong together
 
 
+def test_pairs_of_digits_have_100_classes_and_share_no_picture() -> None:
+    digits, rows = load("mnist"), load("mnist_pairs")
+    pixels = np.stack(rows["image"].to_list())
+    assert (pixels.shape, pixels.dtype) == ((2500, 28, 56), np.uint8)
+    assert rows["label"].value_counts().to_dict() == dict.fromkeys(range(100), 25)
+    assert sorted(rows["label"].head(100)) == list(range(100))
+    digit_of = {image.tobytes(): label for image, label in zip(digits["image"], digits["label"], strict=True)}
+    halves = [half.tobytes() for half in (*pixels[:, :, :28], *pixels[:, :, 28:])]
+    assert sorted(halves) == sorted(image.tobytes() for image in digits["image"])  # each digit once
+    tens, ones = np.array([digit_of[half] for half in halves]).reshape(2, -1)
+    assert (10 * tens + ones == rows["label"].to_numpy()).all()
+
+
+def test_the_same_digits_are_paired_in_every_run() -> None:
+    one, two = (np.stack(load("mnist_pairs")["image"].to_list()) for _ in range(2))
+    assert np.array_equal(one, two)
+
+
 def test_mnist_does_not_import_its_package() -> None:
     code = (
         "import sys; from fedlora.config import DataConfig; from fedlora.data.sources import load_rows\n"
@@ -64,7 +82,7 @@ def test_an_absent_or_changed_package_is_explained(monkeypatch: pytest.MonkeyPat
         load("mnist")
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
+@pytest.mark.parametrize("name", ["digits", "mnist", "mnist_pairs"])
 def test_a_path_is_refused_where_none_is_read(name: str) -> None:
     with pytest.raises(InputError, match=rf"data\.path = 'here' has no effect with data={name}"):
         load(name, path="here")
