@@ -76,7 +76,8 @@ class Launch:
 
 def best(summary: dict[str, Any]) -> float:
     """The best validation value of the main metric; not a number where nothing was validated."""
-    return float(summary["best"]["metrics"].get(f"validation_{summary['main_metric']}", math.nan))
+    found = (summary["best"] or {"metrics": {}})["metrics"]
+    return float(found.get(f"validation_{summary['main_metric']}", math.nan))
 
 
 def final(summary: dict[str, Any] | None) -> float:

@@ -54,8 +54,9 @@ class Tracking(Callback):
         self._log({**numbers_of(record), "bytes/run": self._bytes}, record["round"])
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Log the best validation values under ``best/``."""
-        self._log({f"best/{name}": value for name, value in summary["best"]["metrics"].items()}, summary["rounds"])
+        """Log the best validation values under ``best/``, if there are validation rows."""
+        found = (summary["best"] or {"metrics": {}})["metrics"]
+        self._log({f"best/{name}": value for name, value in found.items()}, summary["rounds"])
 
     def close(self) -> None:
         """Finish the tracker's run, also that of a run that has failed."""
