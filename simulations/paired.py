@@ -60,8 +60,8 @@ def paired_differences(values: Mapping[str, Mapping[int, float]], reference: str
 
 def _tested(differences: np.ndarray) -> tuple[float, float, float]:
     """Confidence interval of the mean and p-value of the hypothesis that it is zero."""
-    if np.ptp(differences) == 0:  # all the same: no spread to judge by
-        mean = float(differences[0])
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # all the same but for rounding: nothing to judge by
+        mean = float(differences.mean())
         return mean, mean, 1.0 if mean == 0 else 0.0
     result: Any = stats.ttest_1samp(differences, 0.0)
     low, high = result.confidence_interval(LEVEL)

@@ -56,6 +56,12 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says() -> 
     assert 0.92 < covered / 400 < 0.98
 
 
+def test_differences_that_are_the_same_but_for_rounding_have_no_spread() -> None:
+    values = {"a": {1: 0.7, 2: 0.4, 3: 0.2}, "b": {1: 0.8, 2: 0.5, 3: 0.3}}
+    (found,) = paired_differences(values, "a")
+    assert found.low == found.mean == found.high == pytest.approx(0.1)
+
+
 def test_equal_results_are_no_difference() -> None:
     (found,) = paired_differences({"a": {1: 0.5, 2: 0.6}, "b": {1: 0.5, 2: 0.6}}, "a")
     assert (found.mean, found.low, found.high, found.p_holm) == (0, 0, 0, 1)
