@@ -84,19 +84,20 @@ def compared(folder: Path, tuned: Sequence[Tuned], trials: Sequence[Trial], sett
         setting: what was tuned.
 
     Returns:
-        ``methods``: one object each with ``label``, ``value``, ``curve``, ``at_the_edge``, and ``seeds``, ``valid``,
-        ``test``, ``client_mean``, ``worst_decile`` and ``bytes`` as lists over seeds (``None`` where a method has no
-        such number); ``paired``: differences of test results from those of the first method that has any.
+        ``methods``: one object each with ``label``, ``value``, ``curve``, ``at_the_edge``, and ``seeds``, ``folders``
+        (of its runs), ``valid``, ``test``, ``client_mean``, ``worst_decile`` and ``bytes`` as lists over seeds
+        (``None`` where a method has no such number); ``paired``: differences of test results from those of the first
+        method that has any.
     """
     methods = []
     for choice in tuned:
         own = [
             t for t in trials if set(choice.given) <= set(t.overrides) and f"{setting}={choice.value}" in t.overrides
         ]
-        found = [RunFolder(folder / trial.folder).read_summary() for trial in own]
-        summaries = sorted((s for s in found if s is not None), key=lambda summary: summary["seed"])
-        if summaries:
-            methods.append(_method(choice, summaries))
+        found = {trial.folder: RunFolder(folder / trial.folder).read_summary() for trial in own}
+        runs = sorted(((s, name) for name, s in found.items() if s is not None), key=lambda run: run[0]["seed"])
+        if runs:
+            methods.append(_method(choice, [s for s, _ in runs], [name for _, name in runs]))
     values = {
         method["label"]: dict(zip(method["seeds"], method["test"], strict=True))
         for method in methods
@@ -109,7 +110,7 @@ def compared(folder: Path, tuned: Sequence[Tuned], trials: Sequence[Trial], sett
     return document
 
 
-def _method(choice: Tuned, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _method(choice: Tuned, summaries: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, Any]:
     metric = summaries[0]["main_metric"]
 
     def all_of(read: Any) -> list[float | None]:
@@ -121,6 +122,7 @@ def _method(choice: Tuned, summaries: Sequence[Mapping[str, Any]]) -> dict[str, 
         **asdict(choice),
         "metric": metric,
         "seeds": [summary["seed"] for summary in summaries],
+        "folders": list(folders),
         "valid": all_of(lambda s: s["final"]["metrics"].get(f"validation_{metric}")),
         "test": all_of(lambda s: s["final"]["metrics"].get(f"test_{metric}")),
         "client_mean": all_of(lambda s: (s["final"]["clients"] or {}).get("mean")),

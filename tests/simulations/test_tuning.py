@@ -53,6 +53,9 @@ def test_a_tuned_sweep_runs_the_chosen_value_with_all_seeds_and_keeps_what_it_ha
     assert sum(t.status == "kept" for t in done) == 3 * 2
     for name, method in methods.items():
         assert method["seeds"] == [1, 2, 3]
+        finals = [json.loads((tmp_path / "sweep" / f / "summary.json").read_text()) for f in method["folders"]]
+        assert [(s["label"], s["seed"]) for s in finals] == [(name, seed) for seed in (1, 2, 3)]
+        assert [s["final"]["metrics"]["validation_accuracy"] for s in finals] == method["valid"]
         assert method["value"] in ("0.0001", "0.01")
         assert method["value"] == max(method["curve"], key=method["curve"].get)
         own = [t for t in done if {f"method={name}", f"client.lr={method['value']}"} <= set(t.overrides)]
