@@ -87,9 +87,19 @@ def joined_statistics(parts: Sequence[Statistics]) -> Statistics:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def client_metrics(task: Task, statistics: Mapping[str, Statistics]) -> dict[str, float]:
-    """The main metric over clients: mean, standard deviation, worst client, and mean of the worst tenth of clients."""
-    values = np.sort([main_value(task, task.metrics(of_client)) for of_client in statistics.values()])
+def each_client(task: Task, statistics: Mapping[str, Statistics]) -> dict[str, dict[str, float]]:
+    """Every metric of every client, by client."""
+    return {client: task.metrics(of_client) for client, of_client in statistics.items()}
+
+
+def client_metrics(task: Task, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The main metric over clients: mean, standard deviation, worst client, and mean of the worst tenth of clients.
+
+    Args:
+        task: whose main metric it is.
+        metrics: of :func:`each_client`.
+    """
+    values = np.sort([main_value(task, of_client) for of_client in metrics.values()])
     decile = max(1, round(len(values) / 10))
     return {
         "mean": float(values.mean()),

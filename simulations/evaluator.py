@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from fedlora.adapters import State
 from fedlora.client import Worker
 from fedlora.evaluation import (
     client_metrics,
+    each_client,
     joined_statistics,
     row_statistics,
     split_statistics,
@@ -22,6 +23,8 @@ from fedlora.trainer import Frozen
 from simulations.personalise import personalised
 from simulations.sampler import panel
 from strategies.base import FederatedStrategy
+
+EachClient = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,15 @@ class Evaluation:
         unseen_clients: the same over unseen clients, one by one; ``None`` where no single model exists.
         personalised_clients: as ``clients``, each with the global model after a round of training on its own rows
             (``eval.personalise``).
+        each: number of ``rows`` and all metrics of each client, ``{kind: {client: {name: value}}}``; the kinds are
+            ``seen``, ``unseen`` and ``personalised``, as above.
     """
 
     metrics: dict[str, float]
     clients: dict[str, float] | None
     unseen_clients: dict[str, float] | None = None
     personalised_clients: dict[str, float] | None = None
+    each: Mapping[str, EachClient] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -76,7 +82,8 @@ class Evaluator:
             tuned = personalised(
                 self.worker, self.own_test, state, Frozen((None, None), self.frozen, correction), server_round
             )
-            found = replace(found, personalised_clients=client_metrics(self.worker.federation.task, tuned))
+            each = self._each(tuned)
+            found = replace(found, personalised_clients=self._over(each), each={**found.each, "personalised": each})
         return found
 
     def _rows(self) -> np.ndarray:
@@ -110,7 +117,8 @@ class Evaluator:
             metrics |= _prefixed("validation", task.metrics(joined_statistics(held)))
         if tested:
             metrics |= _prefixed("seen", task.metrics(joined_statistics(list(tested.values()))))
-        return Evaluation(metrics, client_metrics(task, tested) if tested else None)
+        seen = self._each(tested)
+        return Evaluation(metrics, self._over(seen), each={"seen": seen})
 
     def _personal_statistics(
         self, state: State, strategy: FederatedStrategy | None, server_round: int
@@ -151,10 +159,15 @@ class Evaluator:
             if groups:
                 metrics |= _prefixed(name, task.metrics(joined_statistics(list(groups.values()))))
                 of_clients[name] = groups
-        seen, unseen = of_clients.get("seen"), of_clients.get("test")
-        return Evaluation(
-            metrics, client_metrics(task, seen) if seen else None, client_metrics(task, unseen) if unseen else None
-        )
+        seen, unseen = (self._each(of_clients.get(name, {})) for name in ("seen", "test"))
+        return Evaluation(metrics, self._over(seen), self._over(unseen), each={"seen": seen, "unseen": unseen})
+
+    def _each(self, statistics: Mapping[str, Statistics]) -> EachClient:
+        metrics = each_client(self.worker.federation.task, statistics)
+        return {c: {"rows": len(next(iter(statistics[c].values()))), **found} for c, found in metrics.items()}
+
+    def _over(self, each: EachClient) -> dict[str, float] | None:
+        return client_metrics(self.worker.federation.task, each) if each else None
 
 
 def _grouped(rows: np.ndarray, owners: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

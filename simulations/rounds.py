@@ -70,7 +70,6 @@ class FederatedRun:
         self._delivered = set(delivered)
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
-        self.last: Evaluation | None = None
         self._engine_changes: dict[str, Any] = {}
         self._exactness = Exactness(worker.model, self.ours, self.config.seed)
 
@@ -190,7 +189,7 @@ class FederatedRun:
         if server_round % every == 0 or server_round == self.rounds:
             with self._clock("evaluate"):
                 evaluation = self.evaluator.evaluate(self.ours, self.state, server_round)
-                self.last = evaluation
+                self.folder.write_clients(evaluation.each)
                 self._keep_best(server_round, evaluation)
         measured = isinstance(error, float)
         record = {

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +27,7 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         self.rounds_file = self.path / "rounds.jsonl"
         self.ledger_file = self.path / "ledger.parquet"
+        self.clients_file = self.path / "clients.parquet"
         self.log_file = self.path / "log.txt"
         self.checkpoint = self.path / "checkpoint"
         self.adapter = self.path / "adapter"
@@ -76,6 +78,23 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """The summary, or ``None`` while the run is unfinished."""
         return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else None
+
+    def write_clients(self, each: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """Write ``clients.parquet``: a row a client of the newest evaluation, if any client is evaluated.
+
+        Args:
+            each: ``{kind: {client: {name: value}}}``, as an evaluation has it.
+        """
+        found = [
+            {"kind": kind, "client": client, **values}
+            for kind, clients in each.items()
+            for client, values in clients.items()
+        ]
+        if not found:
+            return
+        temporary = self.clients_file.with_name(f".{self.clients_file.name}.{os.getpid()}.tmp")
+        pd.DataFrame(found).to_parquet(temporary, index=False)
+        temporary.replace(self.clients_file)
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``rounds.jsonl``."""

@@ -6,7 +6,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.encoded import EncodedRows
-from fedlora.evaluation import client_metrics, loss_gradients, row_statistics, split_statistics
+from fedlora.evaluation import client_metrics, each_client, loss_gradients, row_statistics, split_statistics
 from fedlora.federation import Federation
 from fedlora.tasks import Statistics
 from tests.fedlora.helpers import TARGETS, assert_same, of_architecture, random_state
@@ -77,7 +77,8 @@ def answers(*correct: int) -> Statistics:
 
 def test_client_metrics_count_every_client_once_whatever_its_size(tiny):
     task = Federation(tiny()).task
-    result = client_metrics(task, {"small": answers(1), "large": answers(*[0] * 99, 1), "half": answers(0, 1)})
+    clients = {"small": answers(1), "large": answers(*[0] * 99, 1), "half": answers(0, 1)}
+    result = client_metrics(task, each_client(task, clients))
     accuracies = np.array([1.0, 0.01, 0.5])
     assert result["mean"] == pytest.approx(accuracies.mean())
     assert result["std"] == pytest.approx(accuracies.std())
@@ -87,10 +88,11 @@ def test_client_metrics_count_every_client_once_whatever_its_size(tiny):
 def test_the_worst_decile_is_the_mean_of_the_worst_tenth_of_clients(tiny):
     task = Federation(tiny()).task
     clients = {f"c{i}": answers(*[1] * i, *[0] * (20 - i)) for i in reversed(range(20))}
-    result = client_metrics(task, clients)
+    result = client_metrics(task, each_client(task, clients))
     assert result["worst"] == 0.0
     assert result["worst_decile"] == pytest.approx((0 / 20 + 1 / 20) / 2)
-    assert client_metrics(task, {"a": answers(0, 1), "b": answers(1)})["worst_decile"] == 0.5  # at least one client
+    few = each_client(task, {"a": answers(0, 1), "b": answers(1)})
+    assert client_metrics(task, few)["worst_decile"] == 0.5  # at least one client
 
 
 def test_statistics_are_cut_where_the_groups_end():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fedlora.client import Worker
@@ -46,6 +48,33 @@ def test_seen_rows_and_unseen_clients_are_reported_apart(tiny: Compose, tmp_path
         assert of_clients["std"] == pytest.approx(each.std())
         assert of_clients["worst"] == pytest.approx(each.min())
     assert found.clients != found.unseen_clients
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["method=zero_shot"], ["method=fedit", "eval.personalise=true"], ["method=local"], ["method=fedsa"]],
+    ids=" ".join,
+)
+def test_the_statistics_of_the_summary_are_those_of_the_clients_in_the_run_folder(
+    tiny: Compose, tmp_path: Path, settings: list[str]
+) -> None:
+    summary = start(tiny(*settings, "rounds=2"), tmp_path / "run")
+    found: Any = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    kinds = {"seen": "clients", "unseen": "unseen_clients", "personalised": "personalised_clients"}
+    for kind, key in kinds.items():
+        own, expected = found[found["kind"] == kind], summary["final"][key]
+        assert own.empty == (expected is None)
+        if expected is not None:
+            values = own["accuracy"].sort_values()
+            assert own["client"].is_unique
+            assert expected["mean"] == pytest.approx(values.mean())
+            assert expected["std"] == pytest.approx(values.std(ddof=0))
+            assert expected["worst"] == values.min()
+            assert expected["worst_decile"] == pytest.approx(values[: max(1, round(len(values) / 10))].mean())
+    seen = found[found["kind"] == "seen"]
+    assert len(seen) == summary["clients"]["evaluated"]
+    pooled = (seen["accuracy"] * seen["rows"]).sum() / seen["rows"].sum()
+    assert summary["final"]["metrics"]["seen_accuracy"] == pytest.approx(pooled)
 
 
 def test_bounded_rows_bound_the_unseen_clients_too(tiny: Compose, tmp_path: Path) -> None:
