@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
-import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -17,6 +15,7 @@ import pandas as pd
 import yaml
 
 from fedlora.errors import InputError
+from simulations.report.find import TunedSweep, find, tuned_sweeps
 
 Frame = Any
 """A pandas DataFrame or Series, whose own annotations are unions that a type checker cannot follow."""
@@ -36,12 +35,14 @@ log = logging.getLogger("fedlora.notices")
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one finished run."""
+    """The files of one finished run, and the tuned sweep that it is of."""
 
     folder: Path
     settings: dict[str, Any]
     summary: dict[str, Any]
     rounds: list[dict[str, Any]]
+    clients: Frame
+    sweep: TunedSweep | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Section:
         split: the key of :data:`SPLITS` whose rows the scores are taken on.
         runs: one row a run: ``method``, ``reference``, ``seed``, ``score``, bytes, seconds and clients' statistics.
         rounds: one row a run and round: ``score``, ``loss``, ``bytes`` sent so far, ``aggregation_error``.
+        clients: one row a run and seen client: ``value`` of the metric on its ``rows`` test rows; older runs have none.
+        tuning: one row a method of a tuned sweep and value of the ``setting``: its validation ``result``, and whether
+            it was ``chosen``, ``at_the_edge`` of what was tried.
+        trials: how many trials of the tuned sweeps are left out.
         differs: settings in which this section differs from the others.
     """
 
@@ -62,6 +67,9 @@ class Section:
     split: str
     runs: Frame
     rounds: Frame
+    clients: Frame
+    tuning: Frame
+    trials: int
     differs: dict[str, Any]
 
     @property
@@ -73,6 +81,8 @@ class Section:
 def load(paths: Iterable[str | Path], split: str | None = None) -> list[Section]:
     """Read run folders, folders of sweeps (searched to any depth) and patterns such as ``runs/2026-*``.
 
+    Of a tuned sweep only the final part counts: the chosen value of each method with all seeds.
+
     Args:
         paths: where to look.
         split: the rows that scores are taken on; by default the first of :data:`SPLITS` that all runs have.
@@ -83,12 +93,19 @@ def load(paths: Iterable[str | Path], split: str | None = None) -> list[Section]
     Raises:
         InputError: nothing finished is there, a file of a run cannot be read, or no run has ``split``.
     """
-    folders = find(paths)
+    found = find(paths)
+    sweeps = tuned_sweeps(found)
+    folders = [folder for folder in found if folder.parent not in sweeps or folder in sweeps[folder.parent].methods]
+    trials = Counter(folder.parent for folder in found if folder not in folders)
+    for place, count in trials.items():
+        log.warning("Left out: %d trials that chose %s, in '%s'.", count, sweeps[place].setting, place)
+    if not folders:
+        raise InputError("These trials only chose a setting. Give the folder of their sweep: its final runs count.")
     unfinished = [folder for folder in folders if not (folder / "summary.json").exists()]
     if unfinished:
         log.warning("Left out, because they have no summary.json yet ('fedlora resume RUN' finishes a run): %s.",
                     ", ".join(map(str, unfinished)))  # fmt: skip
-    runs = [read(folder) for folder in folders if folder not in unfinished]
+    runs = [read(folder, sweeps.get(folder.parent)) for folder in folders if folder not in unfinished]
     if not runs:
         raise InputError("None of these runs is finished. 'fedlora resume RUN' finishes a run.")
     groups: dict[str, list[Run]] = {}
@@ -96,54 +113,16 @@ def load(paths: Iterable[str | Path], split: str | None = None) -> list[Section]
         same = {key: value for key, value in run.settings.items() if _within(key, SAME)}
         groups.setdefault(json.dumps([same, run.summary["main_metric"]], sort_keys=True, default=str), []).append(run)
     differing = differences([group[0].settings for group in groups.values()], SAME)
-    found = [
-        _section(group, {key: group[0].settings.get(key) for key in differing}, split) for group in groups.values()
+    sections = [
+        _section(group, {key: group[0].settings.get(key) for key in differing}, split, trials)
+        for group in groups.values()
     ]
-    titles = [section.title for section in found]
-    return [section if titles.count(section.title) == 1 else _told_apart(section) for section in found]
+    titles = [section.title for section in sections]
+    return [section if titles.count(section.title) == 1 else _told_apart(section) for section in sections]
 
 
-def find(paths: Iterable[str | Path]) -> list[Path]:
-    """All run folders (those with a ``config.yaml``), in natural order of their names, each once.
-
-    Raises:
-        InputError: a path does not exist, cannot be read, or holds no run.
-    """
-    found: dict[Path, None] = {}
-    for path in map(str, paths):
-        places = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True), key=_natural)
-        if not places:
-            raise InputError(f"There is no run at '{path}'. Give run folders, folders of sweeps or a pattern.")
-        folders = [folder for place in places for folder in _inside(Path(place))]
-        if not folders:
-            raise InputError(
-                f"'{path}' holds no run: no folder in it has a config.yaml. 'fedlora simulate run_dir=...' makes one."
-            )
-        found |= dict.fromkeys(folders)
-    if not found:
-        raise InputError("No runs are given. Name run folders, folders of sweeps or a pattern.")
-    return list(found)
-
-
-def _inside(place: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"'{error.filename}' cannot be read: {error.strerror}. Mend its permissions or name its runs.")
-
-    folders = []
-    for folder, below, files in os.walk(place, onerror=refuse):
-        below.sort(key=_natural)
-        if "config.yaml" in files:
-            folders.append(Path(folder).resolve())
-            below.clear()
-    return folders
-
-
-def _natural(name: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def read(folder: Path) -> Run:
-    """The files of a finished run.
+def read(folder: Path, sweep: TunedSweep | None = None) -> Run:
+    """The files of a finished run of ``sweep``.
 
     Raises:
         InputError: a file is missing, damaged or of another version.
@@ -152,9 +131,12 @@ def read(folder: Path) -> Run:
         settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
         summary = json.loads((folder / "summary.json").read_text())
         rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-        run = Run(folder, settings, summary, rounds)
+        values = folder / "clients.parquet"
+        clients: Frame = pd.read_parquet(values) if values.exists() else pd.DataFrame(columns=["kind"])
+        run = Run(folder, settings, summary, rounds, clients, sweep)
         _row(run, "", "seen")
         _rounds(run, "", "seen")
+        _clients(run, "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
         raise InputError(
             f"The run in '{folder}' cannot be read ({type(error).__name__}: {' '.join(str(error).split())}). "
@@ -185,7 +167,7 @@ def _within(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def _section(runs: list[Run], differs: dict[str, Any], split: str | None) -> Section:
+def _section(runs: list[Run], differs: dict[str, Any], split: str | None, trials: Mapping[Path, int]) -> Section:
     metric = runs[0].summary["main_metric"]
     available = [s for s in SPLITS if all(f"{s}_{metric}" in run.summary["final"]["metrics"] for run in runs)]
     chosen = split or next(iter(available), "validation")
@@ -202,7 +184,18 @@ def _section(runs: list[Run], differs: dict[str, Any], split: str | None) -> Sec
     rounds = rounds[rounds["folder"].isin(rows.loc[kept, "folder"])]
     order = rows["kind"].map({name: place for place, name in enumerate(REFERENCES)}).fillna(len(REFERENCES))
     rows = rows[kept].assign(order=order[kept]).sort_values("order", kind="stable").drop(columns="order")
-    return Section(_title(runs[0].settings), metric, chosen, rows.reset_index(drop=True), rounds, differs)
+    named = [pair for pair in zip(runs, names, strict=True) if str(pair[0].folder) in set(rows["folder"])]
+    return Section(
+        title=_title(runs[0].settings),
+        metric=metric,
+        split=chosen,
+        runs=rows.reset_index(drop=True),
+        rounds=rounds,
+        clients=pd.concat([_clients(run, name) for run, name in named], ignore_index=True),
+        tuning=_tuning({name: run for run, name in named}),
+        trials=sum(trials.get(place, 0) for place in {run.folder.parent for run in runs}),
+        differs=differs,
+    )
 
 
 def _told_apart(section: Section) -> Section:
@@ -217,18 +210,23 @@ def _title(settings: Mapping[str, Any]) -> str:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Every run's label, with the settings in which runs of that label differ."""
-    names = []
-    for run in runs:
-        alike = [other.settings for other in runs if other.summary["label"] == run.summary["label"]]
-        keys = differences(alike, but=FREE)
+    """Every run's label, with the settings in which runs of that label differ; all tuned values are one."""
+    names, settings = [], [_tuned(run) for run in runs]
+    labels = [run.summary["label"] for run in runs]
+    for label, own in zip(labels, settings, strict=True):
+        keys = differences([each for other, each in zip(labels, settings, strict=True) if other == label], but=FREE)
         short = [key.rpartition(".")[2] for key in keys]
-        own = [
-            f"{last if short.count(last) == 1 else key}={run.settings.get(key)}"
-            for key, last in zip(keys, short, strict=True)
-        ]
-        names.append(" ".join([run.summary["label"], *own]))
+        pairs = zip(keys, short, strict=True)
+        names.append(" ".join([label, *(f"{s if short.count(s) == 1 else key}={own.get(key)}" for key, s in pairs)]))
     return names
+
+
+def _tuned(run: Run) -> dict[str, Any]:
+    """Its settings, with ``tuned`` for the value of what was tuned."""
+    if run.sweep is None:
+        return run.settings
+    setting = run.sweep.setting
+    return {key: value for key, value in run.settings.items() if not _within(key, (setting,))} | {setting: "tuned"}
 
 
 def _row(run: Run, name: str, split: str) -> dict[str, Any]:
@@ -269,6 +267,26 @@ def _rounds(run: Run, name: str, split: str) -> list[dict[str, Any]]:
         }
         for record, so_far in zip(run.rounds, sent, strict=True)
     ]
+
+
+def _clients(run: Run, name: str) -> Frame:
+    found = run.clients[run.clients["kind"] == "seen"]
+    if found.empty:
+        return pd.DataFrame(columns=["method", "seed", "client", "rows", "value"])
+    found = found.assign(method=name, seed=run.summary["seed"], value=found[run.summary["main_metric"]])
+    return found[["method", "seed", "client", "rows", "value"]]
+
+
+def _tuning(runs: Mapping[str, Run]) -> Frame:
+    rows = []
+    for name, run in runs.items():
+        if run.sweep is not None:
+            own = run.sweep.methods[run.folder]
+            for value, result in own["curve"].items():
+                chosen = value == own["value"]
+                row = {"method": name, "setting": run.sweep.setting, "value": value, "result": result}
+                rows.append({**row, "chosen": chosen, "at_the_edge": chosen and own["at_the_edge"]})
+    return pd.DataFrame(rows, columns=["method", "setting", "value", "result", "chosen", "at_the_edge"])
 
 
 def _number(value: float | None) -> float:

@@ -47,6 +47,8 @@ def _view(at: int, section: Section, drawn: Mapping[str, go.Figure], styles: Map
         "differs": [f"{key} = {value}" for key, value in section.differs.items()],
         "seeds": sorted(int(seed) for seed in section.runs["seed"].unique()),
         "runs": len(section.runs),
+        "tuned": " and ".join(dict.fromkeys(section.tuning["setting"])),
+        "trials": section.trials,
         "uneven": len({frozenset(own) for _, own in section.runs.groupby("method")["seed"]}) > 1,
         "figures": [
             {

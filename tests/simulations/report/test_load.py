@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from fedlora.errors import InputError
-from simulations.report.load import find, load
+from simulations.report.find import find
+from simulations.report.load import load
 
 
 @pytest.fixture
@@ -98,10 +99,64 @@ def test_a_run_made_twice_counts_once(copy: Callable[..., Path], caplog: pytest.
     assert "is another run of fedit with seed 1" in caplog.text
 
 
+def test_of_a_tuned_sweep_the_chosen_runs_count_under_the_names_of_their_methods(
+    tuned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "fedlora.notices"):
+        (section,) = load([tuned])
+    methods = json.loads((tuned / "comparison.json").read_text())["methods"]
+    for method in methods:
+        own = section.runs[section.runs["method"] == method["label"]]
+        assert [Path(folder).name for folder in own.sort_values("seed")["folder"]] == method["folders"]
+    assert len(section.runs) == 3 * 2
+    assert section.trials == len(find([tuned])) - len(section.runs) == 3
+    assert "Left out: 3 trials that chose client.lr" in caplog.text
+
+
+def test_a_tuned_run_and_one_that_is_not_are_told_apart(tuned: Path, copy: Callable[..., Path]) -> None:
+    (section,) = load([tuned, copy("ffa-1", "untuned", rounds=1, eval__every=1)])
+    names = {name.split(" ")[0]: name for name in section.runs["method"] if name.startswith("ffa ")}
+    assert section.runs["method"].str.startswith("ffa").sum() == 3
+    assert "lr=" in names["ffa"]
+
+
+def test_trials_of_the_choice_are_no_results(tuned: Path) -> None:
+    final = {name for m in json.loads((tuned / "comparison.json").read_text())["methods"] for name in m["folders"]}
+    trial = next(folder for folder in find([tuned]) if folder.name not in final)
+    with pytest.raises(InputError, match="Give the folder of their sweep"):
+        load([trial])
+
+
+def test_an_older_or_damaged_tuned_sweep_is_to_be_repeated(tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned, tmp_path / "older")
+    file = tmp_path / "older" / "comparison.json"
+    document = json.loads(file.read_text())
+    for method in document["methods"]:
+        del method["folders"]
+    for text in (json.dumps(document), "{", "[]", "{}"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="Repeat the command of the sweep"):
+            load([tmp_path / "older"])
+
+
+def test_values_of_clients_are_those_of_the_run_folders_and_older_runs_have_none(
+    sweep: Path, copy: Callable[..., Path]
+) -> None:
+    (section,) = load([sweep])
+    means = section.clients.groupby(["method", "seed"])["value"].mean()
+    for _, row in section.runs.iterrows():
+        assert means[row["method"], row["seed"]] == pytest.approx(row["clients_mean"])
+    older = copy("fedit-1", "older")
+    (older / "clients.parquet").unlink()
+    copy("ffa-1", "newer")
+    assert set(load([older.parent])[0].clients["method"]) == {"ffa"}
+    assert load([older])[0].clients.empty
+
+
 @pytest.mark.parametrize(
     ("file", "text"),
     [(file, text) for file in ("summary.json", "rounds.jsonl") for text in ("{", "[]", "{}")]
-    + [("config.yaml", "{"), ("config.yaml", "[]")],
+    + [("config.yaml", "{"), ("config.yaml", "[]"), ("clients.parquet", "no table")],
 )
 def test_a_damaged_file_names_its_run(copy: Callable[..., Path], file: str, text: str) -> None:
     folder = copy("fedit-1", "damaged")
