@@ -91,3 +91,9 @@ def test_a_plugin_that_shadows_our_package_is_refused_with_the_way_out(
     process = run(installed, project, "simulate", *tiny_overrides, "adapter.rank=4", target, "run_dir=out")
     assert process.returncode == 2
     assert "./strategies/mine.py:TrimmedMean" in process.stderr
+
+
+def test_the_wheel_holds_the_page_of_reports(installed: Path) -> None:
+    folder = Path("simulations", "report")
+    for name in ("page.html.jinja", "page.css", "page.js"):
+        assert (installed / folder / name).read_bytes() == (ROOT / folder / name).read_bytes()
