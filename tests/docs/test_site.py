@@ -34,6 +34,14 @@ def test_every_module_has_its_page(site: Path) -> None:
     assert 'id="strategies.average.Average.fold"' in (site / "api" / "strategies.average.html").read_text()
 
 
+def test_references_in_docstrings_are_links(site: Path) -> None:
+    text = (site / "api" / "strategies.base.html").read_text()
+    assert re.search(r'<a[^>]+href="#strategies.base.FederatedStrategy.fold"><code>fold</code></a>', text)
+    for page in (site / "api").glob("*.html"):
+        shown = re.sub(r"<details class=\"mkdocstrings-source\">.*?</details>", "", page.read_text(), flags=re.DOTALL)
+        assert re.findall(r":(?:meth|class|mod|func|attr|data|exc):", shown) == [], page
+
+
 def test_no_page_asks_for_anything_outside_of_the_site(site: Path) -> None:
     for page in site.rglob("*.html"):
         asked = re.findall(r'<(?:script|img|iframe|link)\b[^>]*?(?:src|href)="(?:https?:)?//[^"]*"', page.read_text())
