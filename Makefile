@@ -45,7 +45,7 @@ lint: .venv/.installed ## Check style and types
 	.venv/bin/pyright
 
 docs: .venv/.installed ## Build the documentation in site/, to open from disk
-	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "Open $(CURDIR)/site/index.html"
 
 clean: ## Remove the environment, caches and builds; run folders stay

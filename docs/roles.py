@@ -30,7 +30,7 @@ def linked(thing: Object, name: str) -> str:
     first, *others = name.split(".")
     try:
         path = name if first == thing.package.path else ".".join([thing.resolve(first), *others])
-        thing.package.modules_collection[path]
+        shown = thing.package.modules_collection[path].has_docstrings and "._" not in path
     except (GriffeError, KeyError):
-        return f"`{name}`"
-    return f"[`{name}`][{path}]" if not path.rpartition(".")[2].startswith("_") else f"`{name}`"
+        shown = False
+    return f"[`{name}`][{path}]" if shown else f"`{name}`"

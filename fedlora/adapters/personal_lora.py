@@ -199,7 +199,7 @@ class PersonalLora(LowRankAdapter):
         }
 
     def delta(self, state: Mapping[str, Tensor]) -> dict[str, LowRank]:
-        """dW of the shared part, s B A; of both, s [B B_k] [A; A_k], where the state has a client's private factors."""
+        """dW of the shared part, s B A; of both, ``s [B B_k] [A; A_k]``, where the state has private factors."""
         deltas = {}
         for module in modules_of(state):
             b, a = state[f"{module}.lora_B.weight"], state[f"{module}.lora_A.weight"]
