@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -42,25 +42,25 @@ def statistics_of_clients(
     axis: ClientAxis | None,
     task: Task,
     encoded: EncodedRows,
-    states: Mapping[str, State],
+    state_of: Callable[[str], State],
     rows: Mapping[str, np.ndarray],
     batch_size: int,
 ) -> dict[str, Statistics]:
     """Statistics of each client's ``rows`` with its own trained tensors, in the order of its rows.
 
-    With an ``axis`` the rows of several clients share a batch, for tasks that read one output a row.
+    With an ``axis`` the rows of several clients share a batch, for tasks that read one output a row. ``state_of`` is
+    asked when a client's turn comes: tensors of the clients of one batch are held, not those of all.
     """
     if axis is None or not task.pooled:
         found = {}
         for client, own in rows.items():
-            model.load(states[client])
+            model.load(state_of(client))
             found[client] = row_statistics(model, task, encoded, own, batch_size)
         return found
     parts: dict[str, list[Statistics]] = {client: [] for client in rows}
     for batch in _client_batches(rows, batch_size):
-        stacked = {
-            key: torch.stack([states[client][key] for client, _ in batch]).to(model.device) for key in model.per_client
-        }
+        states = [state_of(client) for client, _ in batch]
+        stacked = {key: torch.stack([state[key] for state in states]).to(model.device) for key in model.per_client}
         collated = model.to_device(task.collate(encoded, np.concatenate([own for _, own in batch])))
         with torch.no_grad(), axis.weights(stacked, [len(own) for _, own in batch]):
             statistics = task.statistics(model.module, collated)

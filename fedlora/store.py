@@ -47,16 +47,24 @@ class ClientStore:
 
     def read(self, client: str, server_round: int) -> ClientRecord:
         """State of ``client`` as it was before ``server_round`` (empty if it has none)."""
-        newest = max((r for r in self._rounds(client) if r < server_round), default=None)
+        newest = self._newest(client, server_round)
         if newest is None:
             return ClientRecord()
-        with safe_open(self._path(client, newest), framework="pt") as file:
+        with safe_open(newest, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         kept = {key: value for key, value in tensors.items() if key.startswith(OPTIMIZER)}
         private = {key: value for key, value in tensors.items() if key not in kept}
         optimizer = {key.removeprefix(OPTIMIZER): value for key, value in kept.items()}
         return ClientRecord(private, json.loads(metadata["references"]), optimizer)
+
+    def references(self, client: str, server_round: int) -> dict[str, str]:
+        """What :meth:`read` says of shared content, without reading the client's own tensors."""
+        newest = self._newest(client, server_round)
+        if newest is None:
+            return {}
+        with safe_open(newest, framework="pt") as file:
+            return json.loads((file.metadata() or {})["references"])
 
     def write(self, client: str, server_round: int, record: ClientRecord) -> None:
         """Store the state of ``client`` after ``server_round``, atomically."""
@@ -114,6 +122,11 @@ class ClientStore:
 
     def _path(self, client: str, server_round: int) -> Path:
         return self.folder / folder_name(client) / f"round_{server_round:06d}.safetensors"
+
+    def _newest(self, client: str, server_round: int) -> Path | None:
+        """The file of ``client`` from the last round before ``server_round``."""
+        newest = max((r for r in self._rounds(client) if r < server_round), default=None)
+        return None if newest is None else self._path(client, newest)
 
     def _rounds(self, client: str) -> list[int]:
         folder = self.folder / folder_name(client)

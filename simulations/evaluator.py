@@ -123,22 +123,28 @@ class Evaluator:
     def _personal_statistics(
         self, state: State, strategy: FederatedStrategy | None, server_round: int
     ) -> dict[str, Statistics]:
-        """Statistics of every panel client's validation rows, then test rows; clients with equal bases together."""
-        worker, federation = self.worker, self.worker.federation
-        groups: dict[Any, tuple[Frozen, dict[str, State]]] = {}
+        """Statistics of every panel client's validation rows, then test rows; clients with equal bases together.
+
+        A client's tensors are read when its turn comes, so memory does not grow with the panel.
+        """
+        worker, federation, before = self.worker, self.worker.federation, server_round + 1
+        correction = strategy.base_correction() if strategy is not None else {}
+        common = Frozen((None, None), self.frozen, correction) if state else None
+        groups: dict[Any, tuple[Frozen, list[str]]] = {}
         for client in self.panel:
-            own, frozen = worker.personal(client, server_round + 1)
-            if state:
-                correction = strategy.base_correction() if strategy is not None else {}
-                frozen = Frozen((None, None), self.frozen, correction)
-            groups.setdefault(frozen.key, (frozen, {}))[1][client] = {**own, **state}
+            frozen = common or worker.frozen(worker.store.references(client, before))
+            groups.setdefault(frozen.key, (frozen, []))[1].append(client)
+
+        def state_of(client: str) -> State:
+            return {**worker.personal(client, before)[0], **state}
+
         found: dict[str, Statistics] = {}
-        for frozen, states in groups.values():
+        for frozen, clients in groups.values():
             worker.trainer.hold(frozen)
-            rows = {c: np.concatenate([federation.index.validation[c], federation.index.test[c]]) for c in states}
+            rows = {c: np.concatenate([federation.index.validation[c], federation.index.test[c]]) for c in clients}
             size = federation.config.eval.batch_size
             axis = worker.trainer.axis
-            found |= statistics_of_clients(worker.model, axis, federation.task, federation.rows, states, rows, size)
+            found |= statistics_of_clients(worker.model, axis, federation.task, federation.rows, state_of, rows, size)
         return {client: found[client] for client in self.panel}
 
     def _statistics(self, rows: np.ndarray) -> Statistics:

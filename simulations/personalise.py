@@ -46,7 +46,7 @@ def personalised(
     federation, model = worker.federation, worker.model
     size = federation.config.eval.batch_size
     return statistics_of_clients(
-        model, worker.trainer.axis, federation.task, federation.rows, trained, dict(rows), size
+        model, worker.trainer.axis, federation.task, federation.rows, trained.__getitem__, dict(rows), size
     )
 
 

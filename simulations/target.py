@@ -10,6 +10,9 @@ from typing import Any
 def cost_of_target(rounds: Sequence[Mapping[str, Any]], metric: str, target: float) -> dict[str, Any]:
     """When the validation metric first was at least ``target``, among the rounds that were evaluated.
 
+    Where nothing is validated (``data.split.validation=0``, as in papers that test personal models only), the metric of
+    clients' own test rows is taken.
+
     Args:
         rounds: the lines of ``rounds.jsonl``, in order.
         metric: the main metric; higher is better.
@@ -19,7 +22,8 @@ def cost_of_target(rounds: Sequence[Mapping[str, Any]], metric: str, target: flo
         ``metric`` and ``value`` asked for, and ``round``, ``bytes`` (all messages up to and with that round, setup
         included) and ``seconds``; the last three are ``None`` where the target was never reached.
     """
-    key = f"validation_{metric}"
+    validation, seen = f"validation_{metric}", f"seen_{metric}"
+    key = validation if any(validation in record["metrics"] for record in rounds) else seen
     reached: dict[str, Any] = {"round": None, "bytes": None, "seconds": None}
     for number, record in enumerate(rounds):
         if record["metrics"].get(key, -math.inf) >= target:

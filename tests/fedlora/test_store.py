@@ -31,8 +31,9 @@ def test_a_client_reads_its_newest_state_before_the_round(store: ClientStore):
     for server_round, expected in {2: 1, 3: 1, 4: 3, 12: 3, 13: 12, 1000: 12}.items():
         record = store.read("a", server_round)
         assert_same(dict(sorted(record.private.items())), dict(sorted(tensors(expected).items())))
-        assert record.references == {"setup": f"key-{expected}"}
+        assert record.references == store.references("a", server_round) == {"setup": f"key-{expected}"}
     assert store.read("a", 1) == ClientRecord()
+    assert store.references("a", 1) == {}
 
 
 def test_a_round_that_is_run_again_starts_from_the_same_state_and_replaces_its_own(store: ClientStore):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from fedlora.client import Worker
-from fedlora.evaluation import row_statistics
+from fedlora.evaluation import row_statistics, statistics_of_clients
 from fedlora.federation import Federation
 from fedlora.store import ClientRecord, ClientStore
 from simulations.evaluator import Evaluator
@@ -165,3 +167,37 @@ def test_personal_models_in_one_batch_are_those_models_alone(
         for name, values in statistics.items():
             np.testing.assert_allclose(shared[client][name], values, rtol=1e-4, atol=1e-5)
     assert len({round(float(statistics["loss"].mean()), 6) for statistics in alone.values()}) > 3
+
+
+@pytest.mark.parametrize("method", ["pfedlora", "local_full"])
+def test_clients_are_evaluated_one_at_a_time(
+    digits: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The same bits as with every client's tensors in hand, of which no two clients' are held together."""
+    config = digits(method, "cohort.size=null", "rounds=1")
+    start(config, tmp_path / "run")
+    worker = Worker(Federation(config), ClientStore(tmp_path / "run" / "clients"))
+    evaluator = Evaluator(worker, worker.seeded_frozen)
+    state = random_state(worker.model, worker.model.shared) if method == "pfedlora" else {}
+    rows = {c: np.concatenate([worker.federation.index.validation[c], worker.federation.index.test[c]])
+            for c in evaluator.panel}  # fmt: skip
+    states = {client: {**worker.personal(client, 2)[0], **state} for client in evaluator.panel}
+    task, encoded, size = worker.federation.task, worker.federation.rows, config.eval.batch_size
+    expected = statistics_of_clients(worker.model, None, task, encoded, states.__getitem__, rows, size)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, read = 0, worker.store.read
+
+    def watched(client: str, server_round: int) -> ClientRecord:
+        nonlocal most
+        record = read(client, server_round)
+        alive.update(record.private.values())
+        most = max(most, len(alive))
+        return record
+
+    monkeypatch.setattr(worker.store, "read", watched)
+    found = evaluator._personal_statistics(state, None, 1)
+    assert found.keys() == expected.keys() == set(evaluator.panel)
+    for client, statistics in expected.items():
+        for name, values in statistics.items():
+            np.testing.assert_array_equal(found[client][name], values)
+    assert 0 < most < 3 * len(watched(evaluator.panel[0], 2).private)

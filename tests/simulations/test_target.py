@@ -29,6 +29,11 @@ def test_a_target_that_was_never_reached_has_no_cost() -> None:
     assert (found["round"], found["bytes"], found["seconds"]) == (None, None, None)
 
 
+def test_without_validation_rows_clients_own_test_rows_reach_the_target(digits: Compose, tmp_path: Path) -> None:
+    config = digits("local_full", "data.split.validation=0", "eval.target=0.0")
+    assert start(config, tmp_path)["target"].items() >= {"metric": "seen_accuracy", "round": 0, "bytes": 0}.items()
+
+
 def test_a_run_says_what_its_target_cost(tiny: Compose, tmp_path: Path) -> None:
     reached = start(tiny("eval.target=0.0"), tmp_path / "reached")["target"]
     assert (reached["round"], reached["bytes"]) == (0, 0)
