@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -29,7 +30,7 @@ from fedlora.grid import node_of, parts_of
 from fedlora.ledger import TOTALS
 from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
-from fedlora.personal.work import flops_per_row
+from fedlora.personal.work import flops_per_token
 from fedlora.plugins import load_object
 from fedlora.ranks import crop
 from fedlora.training import steps_for
@@ -236,9 +237,12 @@ def _client_flops(federation: Federation, model: AdaptedModel) -> float:
     matrices = sum(
         int(layer.weight.numel()) for layer in model.module.modules() if isinstance(layer, nn.Linear | Conv1D)
     )
-    picture = federation.schema.picture
-    own = flops_per_row(model, federation.task, picture) if isinstance(model, PersonalModel) and picture else {}
     train = federation.index.train
+    own: dict[str, float] = {}
+    if isinstance(model, PersonalModel):
+        rows = np.concatenate(list(train.values()))
+        middle = rows[np.argsort(federation.rows.lengths(rows), kind="stable")][len(rows) // 2 :][:2]
+        own = flops_per_token(model, federation.task, federation.rows, middle)
     work = 0.0
     for client, rows in train.items():
         each = own[str(federation.capability(client).model)] if own else 4.0 * matrices * len(model.phases)

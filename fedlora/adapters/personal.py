@@ -39,7 +39,7 @@ def phase(
     """
 
     def mean_loss(task: Any, module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return loss(module(batch["pixel_values"]), lambda logits: task.loss(_Said(logits), batch), batch)
+        return loss(module(**task.inputs(batch)), lambda logits: task.loss(_Said(logits), batch), batch)
 
     return Phase(trains, mean_loss)
 

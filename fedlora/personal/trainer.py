@@ -39,7 +39,7 @@ class PersonalTrainer(Trainer):
         with torch.no_grad():
             for start in range(0, len(rows), size):
                 batch = self.model.to_device(self.task.collate(self.rows, rows[start : start + size]))
-                features.append(self.model.module(batch["pixel_values"]).features)
+                features.append(self.model.module(**self.task.inputs(batch)).features)
                 targets.append(batch["target"])
         summary = self._part.summary(torch.cat(features), torch.cat(targets))
         return {PREFIX + name: value.cpu() for name, value in summary.items()}

@@ -26,6 +26,7 @@ from fedlora.plugins import is_plugin_path, load_object
 
 Batch = dict[str, Tensor]
 Statistics = dict[str, np.ndarray]
+MODEL_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "pixel_values"})
 IGNORED = -100
 """The label of a token that carries no loss, as in transformers."""
 
@@ -115,6 +116,10 @@ class Task(ABC):
         """Rows as one batch, padded to the longest of them; see :func:`collate`."""
         return collate(rows, numbers, self.backbone.pad_id)
 
+    def inputs(self, batch: Batch) -> Batch:
+        """What of a batch the model is called with, by name."""
+        return model_inputs(batch)
+
     def model_overrides(self, schema: Schema) -> dict[str, Any]:
         """Configuration overrides for the model, such as the number of labels."""
         return {}
@@ -182,7 +187,7 @@ def collate(rows: EncodedRows, numbers: Sequence[int] | np.ndarray, pad_id: int)
 
 def model_inputs(batch: Batch) -> Batch:
     """What of a batch a transformers model takes: everything but our own targets."""
-    return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "token_type_ids")}
+    return {key: value for key, value in batch.items() if key in MODEL_INPUTS}
 
 
 _REGISTRY: dict[str, type[Task]] = {}
