@@ -151,7 +151,8 @@ class Backbone:
         location = self.settings.tokenizer or self.path
         if location is None:
             raise InputError(
-                "backbone=random has no tokenizer of its own: set backbone.tokenizer to a folder or hub id."
+                f"backbone={self.settings.name} has no tokenizer of its own here: set backbone.tokenizer to a folder "
+                "or hub id."
             )
         return _tokenizer(location)
 
@@ -343,8 +344,12 @@ def _checkpoint_gradients(model: Any, described: str) -> None:
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")  # what transformers makes where there is no file of one
     except (OSError, ValueError) as error:
-        raise InputError(f"backbone.path = '{path}': no tokenizer: {_first_line(error)}") from error
+        raise InputError(
+            f"'{path}' has no tokenizer ({_first_line(error)}): set backbone.tokenizer to a folder or hub id with one."
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

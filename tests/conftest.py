@@ -16,7 +16,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from fedlora.config import Config
 from simulations.compose import compose_config
@@ -58,6 +67,17 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=TINY_VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     return _save(BertModel(config), tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RoBERTa of one layer and hidden size 48, with MiniLM's tokenizer: another architecture than tiny BERT."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=TINY_VOCABULARY, hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=66, pad_token_id=0, bos_token_id=101, eos_token_id=102,
+    )  # fmt: skip
+    return _save(RobertaModel(config), tmp_path_factory.mktemp("tiny-roberta"))
 
 
 @pytest.fixture(scope="session")
@@ -198,6 +218,24 @@ def digits(networks: Path) -> Callable[..., Config]:
         own = [models] if not any(o.startswith("backbone.models=") for o in overrides) else []
         low_rank = method == "pfedlora" and not any(o.startswith("adapter=") for o in overrides)
         rank = ["adapter.rank=4"] if low_rank else []
+        return compose_config([f"method={method}", *usual, *own, *rank, *overrides])
+
+    return compose
+
+
+@pytest.fixture(scope="session")
+def letters(tiny_bert: Path, tiny_roberta: Path, reviews: Path) -> Callable[..., Config]:
+    """Composes a run on the reviews, whose clients have tiny BERT and tiny RoBERTa in turn, with 24 features."""
+    usual = [
+        "task=classification", "data=csv", f"data.path={reviews}", "data.client=site", "data.split.public_rows=0",
+        "data.split.unseen_clients=0", "rounds=2", "cohort.size=4", "client.batch_size=8", "client.max_length=24",
+        "eval.every=2", "engine.threads=1",
+    ]  # fmt: skip
+
+    def compose(method: str, *overrides: str) -> Config:
+        models = [f"backbone.models=[hf:{tiny_bert},hf:{tiny_roberta}]", "backbone.width=24"]
+        own = models if not any(o.startswith("backbone.models=") for o in overrides) else []
+        rank = ["adapter.rank=4"] if method == "pfedlora" else []
         return compose_config([f"method={method}", *usual, *own, *rank, *overrides])
 
     return compose

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.errors import InputError
+from fedlora.personal.inputs import Picture
 
-Picture = tuple[int, int, int]
-"""Channels, height and width."""
 WIDTH = 500
 SMALLEST = 16
 """Of a smaller picture (in pixels a side) two convolutions without padding and two pools leave nothing."""

@@ -41,10 +41,10 @@ class PersonalModel(AdaptedModel):
         with seeded(seed, meta=next(module.parameters()).is_meta):
             module.adapter = adapter.part(module.width, module.classes)
         self.module = self.models = module.eval()
-        self.packer = Packer(module)
         self.layers, self.head, self.rounds, self.own, self.frozen = {}, (), (), (), ()
         self._tensors: dict[str, Tensor] = dict(module.named_parameters())
         one = len(module.models) == 1
+        self.packer = Packer(module if one else module.adapter)  # what it packs is measured on one model
         self.shared = tuple(
             key for key, tensor in self._tensors.items()
             if adapter.place(key, tensor) == "shared" and (one or key.startswith(PREFIX))

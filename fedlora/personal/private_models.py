@@ -6,25 +6,29 @@ A model of your own is a class (or a function) in a file, ``backbone.models=[cnn
 
 - ``features(pictures [b, channels, h, w]) -> [b, width]``, of one width for all clients, and
 - ``classifier(features [b, width]) -> [b, classes]``.
+
+For texts it is called with ``(vocabulary, classes)``, and ``features`` gets a mapping: ``input_ids [b, t]`` below the
+size of the vocabulary, ``attention_mask [b, t]``, and ``token_type_ids [b, t]`` of pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapters.personal import SharedPart
-from fedlora.config import nearest
+from fedlora.config import BackboneConfig, nearest
 from fedlora.errors import InputError
-from fedlora.personal.cnns import CNN, CNNS, Picture
+from fedlora.personal.cnns import CNN, CNNS
+from fedlora.personal.encoders import PACKAGED, PREFIX, SETTING, PretrainedEncoder, is_encoder
+from fedlora.personal.inputs import Pictures, Texts
 from fedlora.plugins import is_plugin_path, load_object
 from fedlora.seeding import derive_seed
-
-SETTING = "backbone.models"
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,12 @@ class PrivateModels(nn.Module):
         self.adapter = SharedPart()
         self.width, self.classes = width, classes
 
-    def forward(self, pixel_values: Tensor) -> Outputs:
-        """Run the current model on pictures ``[b, channels, h, w]``."""
+    def forward(self, pixel_values: Tensor | None = None, **text: Tensor) -> Outputs:
+        """Run the current model on pictures ``[b, channels, h, w]`` or texts (``input_ids [b, t]``, ...)."""
         model: Any = self.models[self.current]
-        features = model.features(pixel_values)
+        if pixel_values is None and "attention_mask" not in text:
+            text["attention_mask"] = torch.ones_like(text["input_ids"])
+        features = model.features(text if pixel_values is None else pixel_values)
         return Outputs(features, model.classifier(features), self.adapter)
 
 
@@ -82,27 +88,39 @@ def names_of(entries: Sequence[str]) -> list[str]:
         raise InputError(f"{SETTING} is empty: name one model or more, such as {SETTING}=[{','.join(CNNS)}].")
     names = []
     for entry in entries:
-        if entry not in CNNS and not is_plugin_path(entry):
+        known = [*CNNS, *PACKAGED]
+        if entry.startswith(PREFIX):
+            names.append(Path(entry.removeprefix(PREFIX)).name.replace(".", "_"))
+            continue
+        if entry not in known and not is_plugin_path(entry):
             raise InputError(
-                f"{SETTING} names '{entry}', which is not known.{nearest(entry, CNNS)} Known: {', '.join(CNNS)}; or "
-                "give a class of your own, such as ./mine.py:Net."
+                f"{SETTING} names '{entry}', which is not known.{nearest(entry, known)} Known: {', '.join(known)}; or "
+                f"give a transformers encoder, such as {PREFIX}./bert-small, or a class of your own, such as "
+                "./mine.py:Net."
             )
         names.append(entry.replace(":", ".").rpartition(".")[2])
     if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"{SETTING} has two models called '{min(twice)}'. Leave one out, or rename its class.")
+        raise InputError(
+            f"{SETTING} has two models called '{min(twice)}'. Leave one out, or rename its class or folder."
+        )
     return names
 
 
+def encoders_of(settings: BackboneConfig) -> list[PretrainedEncoder]:
+    """The pretrained encoders among ``backbone.models``, in order."""
+    return [PretrainedEncoder.of(entry, settings) for entry in settings.models if is_encoder(entry)]
+
+
 def build_private_models(
-    entries: Sequence[str], picture: Picture, classes: int, width: int | None, seed: int, device: str
+    settings: BackboneConfig, rows: Pictures | Texts, classes: int, seed: int, device: str
 ) -> PrivateModels:
     """Build every model of ``backbone.models``; all clients of one architecture start from the same weights.
 
     Args:
-        entries: names of known models, or paths of classes.
-        picture: shape of the pictures.
+        settings: ``models``, names of known models, encoders or paths of classes; and ``width``, that the features
+            must have, ``None``: those of the first model.
+        rows: what the models read.
         classes: how many there are.
-        width: that the features must have; ``None``: those of the first model.
         seed: of the run; each architecture draws from its own stream.
         device: ``cpu`` or ``meta``.
 
@@ -110,38 +128,48 @@ def build_private_models(
         InputError: a model cannot be built, has features of another width, or cannot be trained here.
     """
     models: dict[str, nn.Module] = {}
-    for entry, name in zip(entries, names_of(entries), strict=True):
+    width = settings.width
+    for entry, name in zip(settings.models, names_of(settings.models), strict=True):
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(derive_seed(seed, "private model", name))
-            model = _built(entry, picture, classes)
-        found = _width(entry, model, picture, classes)
+            if is_encoder(entry):
+                encoder = PretrainedEncoder.of(entry, settings)
+                model = encoder.build(rows, classes, settings.width, seed, device)
+            else:
+                model = _built(entry, rows, classes)
+        found = _width(entry, model, rows, classes)
         width = found if width is None else width
         if found != width:
             others = f"backbone.width = {width}" if not models else f"{', '.join(models)} have {width}"
+            fix = f"give '{entry}' a last layer of {width} outputs before its classifier, or leave it out"
             raise InputError(
                 f"{SETTING}: the features of '{entry}' have {found} numbers and {others}. What clients share works on "
-                f"features of one width: give '{entry}' a last layer of {width} outputs before its classifier, or "
-                "leave it out."
+                f"features of one width: {f'set backbone.width={width}' if is_encoder(entry) else fix}."
             )
         models[name] = model.float()
     assert width is not None
     return PrivateModels(models, width, classes)
 
 
-def _built(entry: str, picture: Picture, classes: int) -> nn.Module:
+def _built(entry: str, rows: Pictures | Texts, classes: int) -> nn.Module:
     if entry in CNNS:
-        return CNN(CNNS[entry], picture, classes)
+        if isinstance(rows, Texts):
+            raise InputError(
+                f"{SETTING}: '{entry}' reads pictures, and the rows are {rows}: choose task=image_classification and "
+                f"data with pictures, such as data=mnist, or models of texts, such as {SETTING}=[minilm]."
+            )
+        return CNN(CNNS[entry], rows.argument, classes)
     make = load_object(entry, SETTING)
     try:
-        model = make(picture, classes)
+        model = make(rows.argument, classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{SETTING}: '{entry}' called with (picture={picture}, classes={classes}) fails: {error}"
+            f"{SETTING}: '{entry}' called with ({rows.name}={rows.argument}, classes={classes}) fails: {error}"
         ) from error
     parts = (getattr(model, name, None) for name in ("features", "classifier"))
     if not (isinstance(model, nn.Module) and all(map(callable, parts))):
         raise InputError(
-            f"{SETTING}: '{entry}' must give a torch.nn.Module with features(pictures) -> [b, width] and "
+            f"{SETTING}: '{entry}' must give a torch.nn.Module with features({rows.plural}) -> [b, width] and "
             f"classifier(features) -> [b, classes]; it gives a {type(model).__name__} without them."
         )
     if running := [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]:
@@ -152,19 +180,19 @@ def _built(entry: str, picture: Picture, classes: int) -> nn.Module:
     return model
 
 
-def _width(entry: str, model: Any, picture: Picture, classes: int) -> int:
-    """The width of a model's features, from two empty pictures; its classifier must give every class a logit."""
+def _width(entry: str, model: Any, rows: Pictures | Texts, classes: int) -> int:
+    """The width of a model's features, from two empty rows; its classifier must give every class a logit."""
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            features = model.features(torch.zeros(2, *picture, device=device))
+            features = model.features(rows.example(device))
             logits = model.classifier(features)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{SETTING}: '{entry}' does not read pictures of shape {list(picture)}: {reason}") from error
+        raise InputError(f"{SETTING}: '{entry}' does not read {rows}: {reason}") from error
     if features.ndim != 2 or logits.shape != (2, classes):
         raise InputError(
             f"{SETTING}: '{entry}' gives features {list(features.shape)} and logits {list(logits.shape)} for two "
-            f"pictures; needed are [2, width] and [2, {classes}]."
+            f"{rows.plural}; needed are [2, width] and [2, {classes}]."
         )
     return int(features.shape[1])

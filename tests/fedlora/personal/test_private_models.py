@@ -11,22 +11,27 @@ from fedlora.adapters.personal import SharedPart
 from fedlora.config import BackboneConfig
 from fedlora.errors import InputError
 from fedlora.federation import Federation
+from fedlora.personal.inputs import Pictures
 from fedlora.personal.private_models import build_private_models
 from tests.conftest import Compose
 
 
+def named(*models: str) -> BackboneConfig:
+    return BackboneConfig(name="heterogeneous", models=list(models))
+
+
 def test_each_architecture_starts_from_the_seed_whatever_stands_beside_it(networks: Path) -> None:
     narrow, wide = f"{networks}:Narrow", f"{networks}:Wide"
-    both = build_private_models([wide, narrow], (1, 8, 8), 10, None, 5, "cpu")
-    alone = build_private_models([narrow], (1, 8, 8), 10, None, 5, "cpu")
-    other = build_private_models([narrow], (1, 8, 8), 10, None, 6, "cpu")
+    both = build_private_models(named(wide, narrow), Pictures((1, 8, 8)), 10, 5, "cpu")
+    alone = build_private_models(named(narrow), Pictures((1, 8, 8)), 10, 5, "cpu")
+    other = build_private_models(named(narrow), Pictures((1, 8, 8)), 10, 6, "cpu")
     weights = [models.models["Narrow"].get_parameter("classifier.weight") for models in (both, alone, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
 def test_without_anything_shared_a_model_answers_with_its_own_classifier(networks: Path) -> None:
-    models = build_private_models([f"{networks}:Narrow"], (1, 8, 8), 10, None, 5, "cpu")
+    models = build_private_models(named(f"{networks}:Narrow"), Pictures((1, 8, 8)), 10, 5, "cpu")
     outputs = models(torch.rand(3, 1, 8, 8))
     assert outputs.features.shape == (3, 24)
     assert torch.equal(outputs.logits, outputs.own)
@@ -80,7 +85,7 @@ def test_a_shared_part_needs_private_models(tiny: Compose) -> None:
         Federation(tiny("adapter=pfedlora", "strategy=pfedlora")).build_model()
 
 
-def test_private_models_need_pictures(tiny: Compose) -> None:
-    usual = tiny().model_copy(update={"backbone": BackboneConfig(name="heterogeneous", models=["cnn_5"])})
-    with pytest.raises(InputError, match=r"choose task=image_classification"):
-        Federation(usual).build_model()
+def test_networks_of_pictures_refuse_texts(tiny: Compose, tiny_bert: Path) -> None:
+    backbone = named("cnn_5").model_copy(update={"tokenizer": str(tiny_bert)})
+    with pytest.raises(InputError, match=r"'cnn_5' reads pictures.*choose task=image_classification"):
+        Federation(tiny().model_copy(update={"backbone": backbone})).build_model()
