@@ -42,7 +42,7 @@ def clients(section: Section, styles: Styles) -> go.Figure | None:
             x=[row[f"clients_{each}_mean"] for each in MARKS], y=[row_label(name)] * len(MARKS), name=label(name),
             mode="markers", showlegend=False, customdata=[word for word, _ in MARKS.values()],
             marker={
-                "color": color, "symbol": [symbol for _, symbol in MARKS.values()], "size": [15, 12, 8], "opacity": 1,
+                "color": color, "symbol": [symbol for _, symbol in MARKS.values()], "size": [18, 12, 7], "opacity": 1,
                 "line": {"color": "#ffffff", "width": [1.5, 1.5, 1]},
             },
             hovertemplate="%{customdata}: %{x:.4f}<extra>%{fullData.name}</extra>",
