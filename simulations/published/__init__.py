@@ -1,0 +1,1 @@
+"""Experiments with their commands, numbers and figures, one folder each."""
