@@ -22,7 +22,7 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
   fedlora plan --compare                        bytes, parameters and memory before anything runs
   fedlora methods                               what method=... can be
   fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted
-  fedlora forget "site 3" runs/2026-01-31_12-00-00   take a client out of a finished run of method=disjoint
+  fedlora forget "site 3" runs/2026-01-31_12-00-00   take a client out of a finished run
   fedlora report runs/2026-01-31_12-00-00 -o report.html   one page of figures and a table, to open offline
   fedlora bench --only small --scale 0.25       how fast it is on this machine, and against what"""
 
@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", metavar="RUN", help="the run folder")
     resume.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
     forget = command(
-        "forget", "take a client's (or group's) block out of a finished run, and say whether that is exact unlearning"
+        "forget",
+        "take a client out of a finished run, and say what that is: exact unlearning, block removal, suppression",
     )
     forget.add_argument(
         "client", metavar="CLIENT", help="the client's id as in the ledger, or with adapter.groups the name of a group"

@@ -1,4 +1,6 @@
-"""Take one client out of a finished run whose clients trained in disjoint subspaces, and say what that amounts to.
+"""Take one client out of a finished run, and say what that amounts to.
+
+Where clients trained in disjoint subspaces, a block can be taken out; elsewhere see :mod:`simulations.continual`.
 
 The server has kept every owner's block of dW = sum_g s B_g A_g (``adapter/blocks.safetensors``). Without one of them
 the sum is what the others have taught; their blocks stay as they were, bit by bit. That is exact unlearning, the model
@@ -21,6 +23,7 @@ from fedlora.client import Worker, worker_for
 from fedlora.config import Config, nearest
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
+from simulations.continual import suppress
 from simulations.evaluator import Evaluator
 from simulations.finish import merge_finished, saved_head
 from simulations.run_folder import RunFolder, write_atomically, write_tensors_atomically
@@ -33,6 +36,8 @@ EXACT, REMOVAL = "exact unlearning", "block removal"
 def forget(run_dir: Path, owner: str) -> dict[str, Any]:
     """Remove the block of ``owner``, a client or a group of clients, from the finished run in ``run_dir``.
 
+    Where there are no blocks, what the client has taught is suppressed: :func:`simulations.continual.suppress`.
+
     Rewrites the global model, the blocks, and the merged model if there is one, deletes what the run folder holds of
     the clients' own state, and adds to ``forgotten.json``. The blocks are written last: a call that was interrupted can
     be made again.
@@ -43,11 +48,15 @@ def forget(run_dir: Path, owner: str) -> dict[str, Any]:
         left, ``text`` in sentences.
 
     Raises:
-        InputError: there is no finished run, it has no blocks, or none of this owner.
+        InputError: there is no finished run, or nothing of this owner in it.
     """
     folder = RunFolder(run_dir)
     config = folder.read_config()
-    blocks = _blocks(folder, config)
+    if folder.read_summary() is None:
+        raise InputError(f"{folder.path} is an unfinished run: finish it with 'fedlora resume {folder.path}' first.")
+    blocks = folder.adapter / f"{FILE}.safetensors"
+    if not blocks.exists():
+        return suppress(run_dir, owner)
     worker = worker_for(config.model_dump_json(), str(folder.path))
     strategy = build_strategy(config.strategy, worker.model)
     assert isinstance(strategy, Disjoint)  # no other leaves such a file
@@ -86,19 +95,6 @@ def _metrics(worker: Worker, strategy: Disjoint, folder: RunFolder) -> dict[str,
     model = {**worker.initial, **saved_head(worker.model, folder)}
     state = {key: model[key] for key in worker.model.shared}
     return Evaluator(worker, {}).evaluate(strategy, state, worker.federation.config.rounds).metrics
-
-
-def _blocks(folder: RunFolder, config: Config) -> Path:
-    """The file of the blocks of a finished run."""
-    if folder.read_summary() is None:
-        raise InputError(f"{folder.path} is an unfinished run: finish it with 'fedlora resume {folder.path}' first.")
-    path = folder.adapter / f"{FILE}.safetensors"
-    if not path.exists():
-        raise InputError(
-            f"{folder.path}: method {config.method} mixes what clients taught, and keeps no block of each that can be "
-            "taken out. Run method=disjoint (with strategy.isolation=strict adapter.head=frozen for exact unlearning)."
-        )
-    return path
 
 
 def _unknown(owner: str, strategy: Disjoint, folder: RunFolder, forgotten: dict[str, Any]) -> str:
