@@ -192,17 +192,15 @@ def test_what_cannot_be_forgotten_is_refused_with_the_reason(
     start(tiny(*RUN, "rounds=1", "cohort.size=2"), tmp_path / "run")
     cohort = rounds_of(tmp_path / "run")[-1]["cohort"]
     away = next(f"site {i:02d}" for i in range(12) if f"site {i:02d}" not in cohort)
-    start(tiny("method=ffa", "rounds=1"), tmp_path / "mixed")
+    start(tiny("method=local", "rounds=1"), tmp_path / "personal")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.yaml").write_text((tmp_path / "run" / "config.yaml").read_text())
     assert main(["forget", "seite=00", str(tmp_path / "run")]) == 2
     assert "there is no client 'seite=00'. Did you mean 'site" in capfd.readouterr().err
     assert main(["forget", away, str(tmp_path / "run")]) == 2
     assert away in capfd.readouterr().err
-    assert main(["forget", cohort[0], str(tmp_path / "mixed")]) == 2
-    error = capfd.readouterr().err
-    assert "method ffa mixes what clients taught" in error
-    assert "method=disjoint" in error
+    assert main(["forget", cohort[0], str(tmp_path / "personal")]) == 2
+    assert "method local leaves no single model" in capfd.readouterr().err
     assert main(["forget", cohort[0], str(tmp_path / "cut")]) == 2
     assert "fedlora resume" in capfd.readouterr().err
     assert main(["forget", cohort[0], str(tmp_path)]) == 2
