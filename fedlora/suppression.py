@@ -101,10 +101,11 @@ def suppressed(layers: Mapping[str, nn.Module], requests: Sequence[Request], sco
 
 def _hook(name: str, requests: Sequence[Request], scores: Tensor) -> Any:
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
+        x = inputs[0].float()
+        shares = scores.to(x.device).reshape(len(scores), -1, *[1] * (x.ndim - 1))
         for number, request in enumerate(requests):
-            share = scores[:, number].reshape(-1, *[1] * (x.ndim - 1))
-            output = output + share * (x @ request.rows[name].T @ request.factors[name].T)
+            a, b = request.rows[name].to(x.device), request.factors[name].to(x.device)
+            output = output + (shares[:, number] * (x @ a.T @ b.T)).to(output.dtype)
         return output
 
     return add

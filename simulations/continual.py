@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -221,6 +222,11 @@ def _check_client(model: SuppressedModel, client: str) -> None:
         raise InputError(f"{model.folder.path}: client '{client}' was forgotten at {at}.")
     if client not in clients:
         raise InputError(f"{model.folder.path}: there is no training client '{client}'.{nearest(client, clients)}")
+    heard = set(pd.read_parquet(model.folder.ledger_file)["client"])  # empty where nothing is sent: method=central
+    if heard and client not in heard:
+        raise InputError(
+            f"{model.folder.path}: client '{client}' trained in no round of this run, so there is nothing to forget."
+        )
 
 
 def _pairs(model: SuppressedModel, rows: Mapping[str, Tensor]) -> list[tuple[tuple[str, Any], Tensor]]:

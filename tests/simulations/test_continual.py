@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -21,8 +22,9 @@ def ran(tiny: Compose, folder: Path, *overrides: str) -> Path:
 
 
 def largest(run: Path, count: int) -> list[str]:
-    train = SuppressedModel(run).federation.index.train
-    return sorted(train, key=lambda client: -len(train[client]))[:count]
+    """The largest clients that have trained."""
+    train, heard = SuppressedModel(run).federation.index.train, set(pd.read_parquet(run / "ledger.parquet")["client"])
+    return sorted(heard, key=lambda client: -len(train[client]))[:count]
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedex", "fed_sb"])
@@ -81,9 +83,12 @@ def test_a_request_acts_by_its_score_alone(tiny: Compose, tmp_path: Path) -> Non
 def test_what_cannot_be_suppressed_is_refused_and_nothing_is_written(
     tiny: Compose, tiny_lm: Compose, tmp_path: Path
 ) -> None:
-    run = ran(tiny, tmp_path / "run", "method=ffa")
+    run = ran(tiny, tmp_path / "run", "method=ffa", "rounds=1")
     with pytest.raises(InputError, match=r"there is no training client 'site 99'. Did you mean 'site"):
         forget(run, "site 99")
+    idle = min(set(SuppressedModel(run).federation.clients) - set(pd.read_parquet(run / "ledger.parquet")["client"]))
+    with pytest.raises(InputError, match="trained in no round of this run"):
+        forget(run, idle)
     with pytest.raises(InputError, match="leaves no single model"):
         forget(ran(tiny, tmp_path / "personal", "method=fedsa"), "site 00")
     start(tiny_lm("method=ffa", "rounds=1", "tracking=none"), tmp_path / "lm")
