@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from fedlora.errors import InputError
 from simulations.callbacks import Callback
+from simulations.compose import compose_config
 from simulations.simulate import resume, start
 from tests.conftest import Compose
 from tests.simulations.test_rounds import without_time
@@ -77,18 +79,41 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert all(expected[key].equal(actual[key]) for key in expected), path.name
 
 
+KILLS: list[dict[str, int]] = [{"client": 3}, {"client": 7}, {"client": 12}, {"round_end": 0}, {"round_end": 3}]
+EVERYWHERE = {"fedex", "fed_sb", "cohorts"}
+"""Killed at every place; the others at two, and with the slow tests at all."""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a case that nothing has interrupted."""
+
+    @cache
+    def run(case: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        start(compose_config([*tiny_overrides, "adapter.rank=4", *CASES[case]]), folder)
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize(
-    "kill", [{"client": 3}, {"client": 7}, {"client": 12}, {"round_end": 0}, {"round_end": 3}], ids=str
+    ("case", "kill"),
+    [
+        pytest.param(case, kill, marks=[] if case in EVERYWHERE or kill in (KILLS[1], KILLS[3]) else pytest.mark.slow)
+        for case in CASES
+        for kill in KILLS
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_resumes_to_the_same_bits(tiny: Compose, tmp_path: Path, case: str, kill: dict[str, int]) -> None:
-    config = tiny(*CASES[case])
-    start(config, tmp_path / "whole")
+def test_a_killed_run_resumes_to_the_same_bits(
+    tiny: Compose, tmp_path: Path, whole: Callable[[str], Path], case: str, kill: dict[str, int]
+) -> None:
     with pytest.raises(Killed):
-        start(config, tmp_path / "killed", callbacks=[KillAt(**kill)])
+        start(tiny(*CASES[case]), tmp_path / "killed", callbacks=[KillAt(**kill)])
     assert not (tmp_path / "killed" / "summary.json").exists()
     resume(tmp_path / "killed")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(whole(case), tmp_path / "killed")
 
 
 def test_a_run_killed_twice_resumes_to_the_same_bits(tiny: Compose, tmp_path: Path) -> None:
