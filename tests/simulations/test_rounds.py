@@ -63,7 +63,7 @@ def test_every_method_trains_a_language_model(tiny_lm: Compose, tmp_path: Path, 
 
 @pytest.mark.parametrize("method", FEDERATED)
 def test_federated_methods_learn_what_one_word_says(tiny: Compose, tmp_path: Path, method: str) -> None:
-    learn = ["rounds=6", "eval.every=6", "cohort.size=null", "client.local_epochs=4", "client.lr=2e-2"]
+    learn = ["rounds=5", "eval.every=5", "cohort.size=null", "client.local_epochs=2", "client.lr=2e-2"]
     start(tiny(f"method={method}", *learn), tmp_path / "run")
     losses = [record["loss"] for record in rounds_of(tmp_path / "run")[1:]]
     assert losses[-1] < losses[0]
