@@ -61,7 +61,7 @@ class SuppressedModel:
         self.requests: list[Request] = []
         while (place := self.place(len(self.requests))).exists():
             self.requests.append(_read(place))
-        self._trained: dict[str, Tensor] | None = None
+        self._loaded = False
 
     def place(self, number: int) -> Path:
         """The folder of a request."""
@@ -72,7 +72,7 @@ class SuppressedModel:
         unknown = [row for row in rows.tolist() if row not in self._features]
         if unknown:
             self.worker.reset()
-            self._trained = None
+            self._loaded = False
         for batch in _batches(np.array(unknown, dtype=np.int64)):
             inputs = self._inputs(batch)
             with torch.no_grad():
@@ -94,11 +94,8 @@ class SuppressedModel:
         chosen = self.requests if requests is None else requests
         scores = self.scores(rows, chosen)
         self._load()
-        found = []
         with torch.no_grad():
-            for places in np.split(np.arange(len(rows)), range(BATCH, len(rows), BATCH)):
-                found.append(self._logits(rows[places], chosen, scores[places]))
-        return torch.cat(found)
+            return torch.cat([self._logits(rows[at], chosen, scores[at]) for at in _batches(np.arange(len(rows)))])
 
     def train(self, rows: np.ndarray, request: Request, rng: np.random.Generator) -> None:
         """Train B of ``request`` on ``rows`` towards equally likely classes, with earlier requests active."""
@@ -127,17 +124,14 @@ class SuppressedModel:
 
     def _load(self) -> None:
         """Put the trained global model into the worker, if it is not there."""
-        if self._trained is not None:
+        if self._loaded:
             return
         path = self.folder.adapter / "base_correction.safetensors"
-        self._trained = {
-            **self.worker.initial,
-            **self.worker.seeded_frozen,
-            **load_file(self.folder.adapter / "fedlora_state.safetensors"),
-            **saved_head(self.model, self.folder),
-        }
-        self.model.load(self._trained)
+        self.worker.reset()
+        self.model.load(load_file(self.folder.adapter / "fedlora_state.safetensors"))
+        self.model.load(saved_head(self.model, self.folder))
         self.model.set_base_correction(load_file(path) if path.exists() else {})
+        self._loaded = True
 
 
 def suppress(run_dir: Path, client: str) -> dict[str, Any]:
@@ -160,11 +154,16 @@ def suppress(run_dir: Path, client: str) -> dict[str, Any]:
     if number >= (room := capacity(model.model.layers)):
         raise InputError(f"{run_dir}: {number} requests have rows of their own, and the layers have room for {room}.")
     own = index.train[client]
-    others = np.concatenate([rows for name, rows in index.train.items() if name != client])
-    background = index.public if len(index.public) else others
+    others = [rows for name, rows in index.train.items() if name != client]
+    if not (len(index.public) or others):
+        raise InputError(
+            f"{run_dir}: '{client}' is the only client, and there are no public rows to compare with."
+        )
+    background = index.public if len(index.public) else np.concatenate(others)
     score = Score.fit(model.features(own), model.features(background))
-    rows = rows_of(model.model.layers, number, seed)
-    factors = {name: torch.zeros(int(layer.out_features), a.shape[0]) for (name, layer), a in _pairs(model, rows)}
+    layers: dict[str, Any] = dict(model.model.layers)
+    rows = rows_of(layers, number, seed)
+    factors = {name: torch.zeros(int(layer.out_features), len(rows[name])) for name, layer in layers.items()}
     request = Request(rows, factors, score)
     other_tests = [rows for name, rows in index.test.items() if name != client and len(rows)]
     groups = {
@@ -227,10 +226,6 @@ def _check_client(model: SuppressedModel, client: str) -> None:
         raise InputError(
             f"{model.folder.path}: client '{client}' trained in no round of this run, so there is nothing to forget."
         )
-
-
-def _pairs(model: SuppressedModel, rows: Mapping[str, Tensor]) -> list[tuple[tuple[str, Any], Tensor]]:
-    return [((name, layer), rows[name]) for name, layer in model.model.layers.items()]
 
 
 def _judged(model: SuppressedModel, rows: np.ndarray, requests: Sequence[Request]) -> dict[str, float]:

@@ -138,8 +138,9 @@ def _tuned(launch: Launch, arguments: Sequence[str], log: TrialLog, tuning: Any)
     seeds, before = ",".join(map(str, tuning.seeds)), len(log.read(SweepStart.skip))
     for choice in chosen:
         own = [*choice.given, f"{tuning.setting}={choice.value}", f"{SEED}={seeds}", f"run_dir={log.path}"]
-        fixed = [o for o in arguments if o.partition("=")[0].lstrip("+") not in {p.partition("=")[0] for p in own}]
-        _call_hydra(launch, [*({"--multirun": None} | dict.fromkeys(fixed)), *own])
+        replaced = {"--multirun", *(override.partition("=")[0] for override in own)}
+        fixed = [override for override in arguments if override.partition("=")[0].lstrip("+") not in replaced]
+        _call_hydra(launch, ["--multirun", *fixed, *own])
     trials = SweepStart.outcomes(before)
     good = [trial for trial in trials if trial.status in ("finished", "kept")]
     if good:

@@ -83,13 +83,8 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def names_of(trials: Sequence[Trial]) -> list[str]:
-    """What sets each trial apart from the others, beside the method: the overrides that not all of them have."""
-    common = set.intersection(*(set(trial.overrides) for trial in trials)) if trials else set()
-    return [" ".join(o for o in trial.overrides if o not in common and not o.startswith("method=")) for trial in trials]
-
-
 def _has_several(override: Override) -> bool:
+    """Whether it is swept, and not the only value that :func:`simulations.compose.in_every_trial` gives all trials."""
     only = override.is_choice_sweep() and len(list(override.sweep_iterator())) == 1
     return override.is_sweep_override() and not only
 
@@ -116,9 +111,7 @@ class SweepStart(Callback):
         SweepStart.log, SweepStart.tuning = TrialLog(Path(config.hydra.sweep.dir)), config.tuning
         SweepStart.skip = len(SweepStart.log.read())
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        several = {
-            override.key_or_group for override in given if override.is_sweep_override() and _has_several(override)
-        }
+        several = {override.key_or_group for override in given if _has_several(override)}
         SweepStart.swept = frozenset(several | set(config.hydra.sweeper.params or ()))
 
     @classmethod
