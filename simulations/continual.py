@@ -156,9 +156,7 @@ def suppress(run_dir: Path, client: str) -> dict[str, Any]:
     own = index.train[client]
     others = [rows for name, rows in index.train.items() if name != client]
     if not (len(index.public) or others):
-        raise InputError(
-            f"{run_dir}: '{client}' is the only client, and there are no public rows to compare with."
-        )
+        raise InputError(f"{run_dir}: '{client}' is the only client, and there are no public rows to compare with.")
     background = index.public if len(index.public) else np.concatenate(others)
     score = Score.fit(model.features(own), model.features(background))
     layers: dict[str, Any] = dict(model.model.layers)
