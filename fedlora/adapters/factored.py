@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.base import ADAPTER_NAME, Adapter, AdapterConfig, Affinity, State
 from fedlora.config import Fraction
@@ -69,13 +70,30 @@ class LowRankAdapter(Adapter):
 
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA; its random start is replaced by :meth:`initialise`."""
-        return LoraConfig(
-            r=self.sizes.rank,
-            lora_alpha=self.sizes.alpha,  # pyright: ignore[reportArgumentType]
+        return self.lora_config(LoraConfig)
+
+    def lora_config(
+        self, kind: type[LoraConfig], layer: type[nn.Module] | None = None, rank: int | None = None, **own: Any
+    ) -> LoraConfig:
+        """A configuration of ``kind`` with the sizes of this adapter.
+
+        Args:
+            kind: PEFT's LoRA configuration or one of ours.
+            layer: what is put in the place of PEFT's own layer.
+            rank: of the layers, where it is not ``adapter.rank``; alpha grows with it, so that the scale stays.
+            own: further values of ``kind``.
+        """
+        config = kind(
+            r=self.sizes.rank if rank is None else rank,
+            lora_alpha=self.sizes.alpha if rank is None else self.alpha_at(rank),  # pyright: ignore[reportArgumentType]
             use_rslora=self.sizes.rslora,
             lora_dropout=self.sizes.dropout,
             init_lora_weights=False,
+            **own,
         )
+        if layer is not None:
+            config._register_custom_module({nn.Linear: layer, Conv1D: layer})
+        return config
 
     def trains(self, key: str, tensor: Tensor) -> bool:
         """Whether the factor is one of :attr:`trained`."""

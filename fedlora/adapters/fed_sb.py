@@ -90,9 +90,7 @@ class FedSB(LowRankAdapter):
 
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA with our layer in place of its own."""
-        config = super().peft_config()
-        config._register_custom_module({nn.Linear: FedSBLinear, Conv1D: FedSBLinear})
-        return config
+        return self.lora_config(LoraConfig, FedSBLinear)
 
     def initialise(self, layers: Mapping[str, LoraLayer], seed: int, gradients: State | None = None) -> None:
         """Set the basis and R of every layer.

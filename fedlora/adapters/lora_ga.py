@@ -17,7 +17,6 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import bases
 from fedlora.adapters.base import State, register
@@ -93,9 +92,7 @@ class LoraGA(LowRankAdapter):
 
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA with our layer in place of its own."""
-        config = super().peft_config()
-        config._register_custom_module({nn.Linear: LoraGALinear, Conv1D: LoraGALinear})
-        return config
+        return self.lora_config(LoraConfig, LoraGALinear)
 
     def check(self, layers: Mapping[str, BaseTunerLayer], tensors: Mapping[str, Tensor]) -> None:
         """Refuse also layers with fewer than 2 r singular vectors."""

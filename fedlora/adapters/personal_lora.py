@@ -23,7 +23,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.base import AdapterConfig, Drawn, InTurn, Phase, Place, State, register
 from fedlora.adapters.bases import OwnRows, orthonormal_rows
@@ -122,16 +121,7 @@ class PersonalLora(LowRankAdapter):
 
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA with our layer in place of its own."""
-        config = PersonalLoraPeftConfig(
-            r=self.sizes.rank,
-            lora_alpha=self.sizes.alpha,  # pyright: ignore[reportArgumentType]
-            use_rslora=self.sizes.rslora,
-            lora_dropout=self.sizes.dropout,
-            init_lora_weights=False,
-            private_rank=self.private_rank,
-        )
-        config._register_custom_module({nn.Linear: PersonalLinear, Conv1D: PersonalLinear})
-        return config
+        return self.lora_config(PersonalLoraPeftConfig, PersonalLinear, private_rank=self.private_rank)
 
     def place(self, key: str, tensor: Tensor) -> Place:
         """B travels; A_k is trained, or the client's own rows."""

@@ -17,7 +17,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import bases
 from fedlora.adapters.base import ADAPTER_NAME, AdapterConfig, Drawn, InTurn, Place, State, register
@@ -128,17 +127,7 @@ class Ravan(LowRankAdapter):
 
     def peft_config(self) -> LoraConfig:
         """PEFT's LoRA of rank h r with our layer in place of its own."""
-        rank = self.heads * self.sizes.rank
-        config = RavanLoraConfig(
-            r=rank,
-            lora_alpha=self.alpha_at(rank),  # pyright: ignore[reportArgumentType]
-            use_rslora=self.sizes.rslora,
-            lora_dropout=self.sizes.dropout,
-            init_lora_weights=False,
-            heads=self.heads,
-        )
-        config._register_custom_module({nn.Linear: RavanLinear, Conv1D: RavanLinear})
-        return config
+        return self.lora_config(RavanLoraConfig, RavanLinear, self.heads * self.sizes.rank, heads=self.heads)
 
     def check(self, layers: Mapping[str, BaseTunerLayer], tensors: Mapping[str, Tensor]) -> None:
         """Refuse also layers that have not enough directions for mutually orthogonal heads."""
