@@ -38,7 +38,7 @@ def copy(sweep: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_folders_sweeps_and_patterns_name_the_same_runs(sweep: Path) -> None:
-    assert find([sweep]) == find([sweep / "*"]) == find([str(sweep.parent / "**" / "*-[12]")])
+    assert find([sweep]) == find([sweep / "*"]) == find([str(sweep / "**" / "*-[12]")])
     assert len(find([sweep, sweep / "fedit-1"])) == 10
 
 
