@@ -218,9 +218,33 @@ class EngineConfig(Settings):
 
 
 class PrivacyConfig(Settings):
-    """Differential privacy; ``none`` is the only choice so far."""
+    """Differential privacy: ``none``, of each ``record`` of a client's data, or of each ``client`` with all its data.
 
-    name: Literal["none"]
+    Attributes:
+        name: the unit that is protected.
+        epsilon: what may be spent over the whole run; a client that would spend more sits out. ``None``: no bound.
+        delta: ``None``: 1 / N^1.1 of N records of a client (``record``), or of N clients (``client``).
+        noise_multiplier: standard deviation of the noise over the clipping norm; ``None``: solved for ``epsilon``.
+        clip: norm that the gradient of a record, or the update of a client, is clipped to.
+        accountant: how ``epsilon`` is computed: Renyi (``rdp``) or privacy-loss (``prv``, tighter, slower) accounting.
+        rounds: of training that a client spreads its budget over (``record``); ``None``: every round of the run.
+    """
+
+    name: Literal["none", "record", "client"]
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    clip: Annotated[float, Field(gt=0)] | None = None
+    accountant: Literal["rdp", "prv"] = "rdp"
+    rounds: Count | None = None
+
+    @model_validator(mode="after")
+    def _something_to_reach(self) -> PrivacyConfig:
+        if self.name != "none" and self.clip is None:
+            raise ValueError("privacy.clip is missing: the norm that bounds what one record or client can change")
+        if self.name != "none" and self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("set privacy.epsilon (noise is solved for it) or privacy.noise_multiplier")
+        return self
 
 
 class TrackingConfig(Settings):

@@ -121,6 +121,8 @@ class Federation:
                 f"Use cohort.size <= {len(self.clients)}, or cohort.size=null for all of them."
             )
         self._check_gradients()
+        if config.privacy.name != "none":
+            raise InputError(f"privacy={config.privacy.name} is not available yet. Use privacy=none.")
 
     def _check_gradients(self) -> None:
         """Refuse an adapter that starts from gradients where there are none, or none that may be looked at."""
