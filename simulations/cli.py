@@ -109,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--table", action="append", default=[], metavar="FILE", help="the table, too: .csv, .md or .tex"
     )
+    report.add_argument("--figures", metavar="FOLDER", help="every figure as a file, too; a Chromium draws them")
+    report.add_argument("--format", choices=("svg", "png"), default="svg", help="of --figures (default svg)")
     report.add_argument("--on", choices=SPLITS, help="the rows scores are taken on (default: the first all runs have)")
     benchmark.add_arguments(command("bench", benchmark.DESCRIPTION, benchmark.EPILOG))
     return parser

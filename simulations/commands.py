@@ -92,8 +92,10 @@ def _forget(options: argparse.Namespace, overrides: list[str]) -> int:
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     from simulations.report import Report  # only this command needs it
 
-    Report.of(*options.runs, on=options.on).write(options.output, options.table)
-    print(f"Report: {', '.join([options.output, *options.table])}")
+    files = Report.of(*options.runs, on=options.on).write(
+        options.output, options.table, options.figures, options.format
+    )
+    print(f"Report: {', '.join(map(str, files))}")
     return 0
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from fedlora.errors import InputError
-from simulations.report import page, table
+from simulations.report import page, pictures, table
 from simulations.report.figures import PICTURES
 from simulations.report.load import Frame, Section, load
 from simulations.report.style import Style, styles
@@ -57,25 +57,52 @@ class Report:
         """The whole page."""
         return page.render(self.sections, [self.figures(at) for at in range(len(self.sections))], self.styles)
 
-    def write(self, path: str | Path, tables: Sequence[str | Path] = ()) -> None:
-        """Write the page, and tables whose format is their ending: ``.csv``, ``.md`` or ``.tex``.
+    def write(
+        self,
+        path: str | Path,
+        tables: Sequence[str | Path] = (),
+        figures: str | Path | None = None,
+        kind: pictures.Format = "svg",
+    ) -> list[Path]:
+        """Write the page, and what else is asked for.
+
+        Args:
+            path: of the page.
+            tables: files whose format is their ending: ``.csv``, ``.md`` or ``.tex``.
+            figures: a folder for every figure as a file; a browser draws them.
+            kind: of these files.
+
+        Returns:
+            The files, the page first.
 
         Raises:
-            InputError: a file cannot be written there; then none is.
+            InputError: a file cannot be written there, or there is no browser to draw figures; then none is written.
         """
         for each in map(Path, tables):
             if each.suffix not in table.EXPORTS:
                 raise InputError(f"'{each}' should end in {', '.join(table.EXPORTS)}: that says how it is written.")
         for each in map(Path, (path, *tables)):
-            if not each.absolute().parent.is_dir():
-                raise InputError(f"'{each}' cannot be written: the folder '{each.absolute().parent}' does not exist.")
-            if not os.access(each.absolute().parent, os.W_OK):
-                raise InputError(f"'{each}' cannot be written: '{each.absolute().parent}' is not yours to write to.")
+            _refuse_unwritable(each)
             if each.is_dir():
                 raise InputError(f"'{each}' is a folder. Name a file, such as {each / 'report.html'}.")
+        if figures is not None:
+            _refuse_unwritable(Path(figures))
+            if Path(figures).is_file():
+                raise InputError(f"'{figures}' is a file. Name a folder for the figures.")
+            pictures.find_browser()
         texts = {Path(each): table.EXPORTS[Path(each).suffix](self.sections) for each in tables}
+        texts = {Path(path): self.html(), **texts}
         try:
-            for place, text in {Path(path): self.html(), **texts}.items():
+            for place, text in texts.items():
                 write_atomically(place, text)
         except OSError as error:
             raise InputError(f"'{error.filename}' cannot be written: {error.strerror}.") from error
+        return [*texts, *(pictures.save(Path(path), Path(figures), kind) if figures is not None else [])]
+
+
+def _refuse_unwritable(path: Path) -> None:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"'{path}' cannot be written: the folder '{parent}' does not exist.")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"'{path}' cannot be written: '{parent}' is not yours to write to.")

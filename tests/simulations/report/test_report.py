@@ -51,6 +51,8 @@ def test_names_of_files_may_contain_an_equals_sign() -> None:
         (["SWEEP", "-o", "."], "is a folder"),
         (["SWEEP", "--table", "table.xlsx"], "should end in .csv, .md, .tex"),
         (["SWEEP", "--table", "no/table.csv"], "does not exist"),
+        (["SWEEP", "--figures", "no/figures"], "does not exist"),
+        (["SWEEP", "--figures", __file__], "is a file"),
         (["SWEEP/local-1", "--on", "test"], "No run has accuracy on rows of unseen clients"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
