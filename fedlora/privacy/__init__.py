@@ -1,0 +1,1 @@
+"""Differential privacy: what is protected, how noise is drawn, and what has been spent."""
