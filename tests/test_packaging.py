@@ -73,7 +73,12 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "target", ["./strategies/mine.py:TrimmedMean", "./robust.py:TrimmedMean", "robust.TrimmedMean"]
+    "target",
+    [
+        "./strategies/mine.py:TrimmedMean",
+        pytest.param("./robust.py:TrimmedMean", marks=pytest.mark.slow),
+        pytest.param("robust.TrimmedMean", marks=pytest.mark.slow),
+    ],
 )
 def test_a_plugin_works_from_an_installed_wheel(
     installed: Path, project: Path, tiny_overrides: list[str], target: str

@@ -106,6 +106,7 @@ def test_an_encoder_is_refused_as_a_language_model(tiny_lm: Compose, tiny_bert: 
         Federation(tiny_lm(f"backbone.path={tiny_bert}"))
 
 
+@pytest.mark.slow
 def test_smollm2_reads_and_continues_text() -> None:
     backbone = Backbone.from_config(BackboneConfig(name="smollm2"))
     tokenizer = backbone.tokenizer()

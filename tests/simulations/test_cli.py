@@ -85,6 +85,7 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_simulate_and_sweep_in_a_real_process(tiny_overrides: list[str], tmp_path: Path) -> None:
     small = [*tiny_overrides, "adapter.rank=4", "rounds=1"]
     one = fedlora("simulate", *small, "run_dir=one", "--merged", cwd=tmp_path)

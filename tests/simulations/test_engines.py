@@ -16,7 +16,11 @@ from tests.simulations.test_rounds import rounds_of
 
 @pytest.mark.parametrize(
     "method",
-    [["method=fedex"], ["method=fed_sb"], ["method=flexlora", "adapter.client_ranks=[4,2,1]"]],  # the last: it asks
+    [
+        pytest.param(["method=fedex"], marks=pytest.mark.slow),
+        ["method=fed_sb"],
+        pytest.param(["method=flexlora", "adapter.client_ranks=[4,2,1]"], marks=pytest.mark.slow),  # it asks
+    ],
     ids=" ".join,
 )
 def test_flower_engine_equals_the_loop_engine(

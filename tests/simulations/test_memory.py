@@ -77,6 +77,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_plan_predicts_the_peak_memory_of_a_run_within_a_quarter(tmp_path: Path, size: str) -> None:
     def fedlora(*arguments: str) -> str:

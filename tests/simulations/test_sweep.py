@@ -90,6 +90,7 @@ def test_a_setting_that_only_the_swept_methods_have_is_taken(
     assert "Unknown setting 'adapter.grups'." in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_trials_in_processes_of_their_own_give_the_table_and_the_exit_status(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ def bench(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_variant_runs_each_round_once_and_trains_the_same(tmp_path: Path) -> None:
     done = bench("--variants", "central,loop", "--repeats", "1", "--json", "--write", str(tmp_path / "R.md"))
     assert done.returncode == 0, done.stderr

@@ -106,7 +106,7 @@ def placed(tiny: Compose, folder: Path, workers: int) -> list[dict[str, Any]]:
         pool.close()
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_worker_is_a_process_with_its_share_of_the_gpus(tiny: Compose, tmp_path: Path, workers: int) -> None:
     places = placed(tiny, tmp_path, workers)
     assert len({place["pid"] for place in places}) == workers
@@ -181,6 +181,7 @@ class Memory(Callback):
         self.used.append([psutil.Process(pid).memory_info().rss / 1e6 for pid in pids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_memory_is_the_same_after_ten_rounds_and_after_fifty(tiny: Compose, tmp_path: Path, workers: int) -> None:
     memory = Memory(tmp_path / "run" / "log.txt")

@@ -47,6 +47,7 @@ def test_workers_on_two_nodes_give_the_same_bits_as_none(tiny: Compose, tmp_path
     assert_same_run(tmp_path / "here", tmp_path / "cluster")
 
 
+@pytest.mark.slow
 def test_flower_does_not_join_a_cluster_that_happens_to_run_here(
     tiny_overrides: list[str], tmp_path: Path, two_nodes: str
 ) -> None:

@@ -62,6 +62,7 @@ def test_an_error_in_a_round_ends_ray_if_it_was_started_for_the_run(tiny: Compos
     assert not outliving([process for process in started_by(os.getpid()) if process not in before])
 
 
+@pytest.mark.slow
 def test_ray_that_was_there_before_is_still_there(tiny: Compose, tmp_path: Path) -> None:
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
