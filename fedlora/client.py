@@ -22,7 +22,7 @@ from fedlora.adapters import State
 from fedlora.capability import announcement
 from fedlora.cohort import Member, Trained
 from fedlora.config import Config
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, InputError
 from fedlora.evaluation import loss_gradients
 from fedlora.federation import Federation
 from fedlora.grid import error_reply, parts_of
@@ -31,6 +31,8 @@ from fedlora.layouts import Layouts
 from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.trainer import PersonalTrainer
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.mechanism import Mechanism, mechanism_for
 from fedlora.ranks import crop, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
@@ -42,6 +44,8 @@ GRADIENTS = "gradients"
 """The instruction that asks a client for the summed gradients of its rows at the start of the run, not for training."""
 CAPABILITY = "capability"
 """The record in which a client announces what it is able to train, when it is asked by a message of type ``query``."""
+EPSILON = "epsilon"
+"""The metric in which a client says what everything that it has released costs."""
 KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train", "basis"}
 
 
@@ -73,9 +77,13 @@ class Job:
 class Worker:
     """The clients of one process: reads what they are asked, trains them on one backbone, writes what they keep."""
 
-    def __init__(self, federation: Federation, store: ClientStore) -> None:
+    def __init__(self, federation: Federation, store: ClientStore, deployed: bool = False) -> None:
+        """``deployed``: the randomness of privacy comes from the operating system, and not from the run's seed."""
         self.federation = federation
         self.store = store
+        self.deployed = deployed
+        privacy = federation.config.privacy
+        self.budget = Budget(store, privacy) if privacy.name == "record" else None
         self.model: AdaptedModel = federation.build_model()
         self.initial: State = self.model.read(self.model.per_client)
         self.seeded_frozen: State = self.model.read(self.model.frozen)
@@ -103,6 +111,23 @@ class Worker:
             return None
         self._packed = True
         return pack_batches(self.model, federation.task, federation.rows, self._rows_of_length(0, 0.5, 1))
+
+    def require_privacy(self) -> None:
+        """See that the gradients of single records are what they should be, where clients are trained one by one.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.budget is None or self.trainer.axis is not None:
+            return
+        from fedlora.privacy.hooks import obstacle  # Opacus takes seconds to import
+
+        reason = obstacle(self.model, self.federation.task, self.federation.rows, self._rows_of_length(0, 0.5, 1))
+        if reason is not None:
+            raise InputError(
+                f"privacy=record cannot train adapter={self.federation.adapter.label} here: {reason}. Use another "
+                "adapter or engine=cohort, or privacy=none."
+            )
 
     def share_steps(self) -> str | None:
         """Train clients in common steps from now on; returns why that is not possible, if so."""
@@ -175,6 +200,8 @@ class Worker:
         moments = {} if restart else record.optimizer
         keys = self.model.trains(parts, self.federation.capability(client))
         member = self.member(self.narrowed(state, client), pool, server_round, client, moments, keys)
+        if self.budget is not None and member.privacy is not None:
+            self.budget.admit(client, len(member.rows), server_round, member.privacy)
         return Job(message, client, server_round, pool, personal, references, parts, member)
 
     def narrowed(self, state: State, client: str) -> State:
@@ -215,16 +242,26 @@ class Worker:
         The order of rows depends on (seed, round, ``stream``) only.
         """
         config, pool = self.federation.config, tuple(pool)
+        rows = np.concatenate([self.federation.index.train[client] for client in pool])
         return Member(
             pool[0],
             state,
-            np.concatenate([self.federation.index.train[client] for client in pool]),
+            rows,
             partial(numpy_rng, config.seed, "batches", server_round, stream),
             derive_seed(config.seed, "dropout", server_round, stream),
             partial(learning_rate, config.client, server_round, config.rounds),
             moments or {},
             self.model.trainable if keys is None else keys,
+            self._mechanism(len(rows), server_round, stream),
         )
+
+    def _mechanism(self, records: int, server_round: int, stream: str) -> Mechanism | None:
+        """How the records of a client are protected in a round."""
+        config = self.federation.config
+        if self.budget is None:
+            return None
+        seed = None if self.deployed else derive_seed(config.seed, "privacy", server_round, stream)
+        return mechanism_for(config.privacy, config.client, config.rounds, stream, records, seed)
 
     def close(self, job: Job, trained: Trained) -> Message:
         """Store what a trained client keeps, and reply with what it sends.
@@ -245,6 +282,9 @@ class Worker:
             record = ClientRecord(private, job.references, moments)
             self.store.write(job.client, job.server_round, record)
         metrics = MetricRecord({"num-examples": len(job.member.rows), "train_loss": trained.loss})
+        if self.budget is not None and job.member.privacy is not None:
+            records, mechanism = len(job.member.rows), job.member.privacy
+            metrics[EPSILON] = self.budget.spent(job.client, records, job.server_round, mechanism)
         reply = RecordDict({"metrics": metrics})
         if not job.personal:
             layout = self.answer_layout(job.client, job.parts)

@@ -17,12 +17,15 @@ from torch import Tensor
 from fedlora.adapters import State
 from fedlora.adapters.base import Phase
 from fedlora.client_axis import ClientAxis
+from fedlora.cohort_gradients import cohort_gradients
 from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
 from fedlora.errors import FedloraError
 from fedlora.model import AdaptedModel
+from fedlora.privacy.mechanism import Mechanism
+from fedlora.privacy.records import private_gradients
 from fedlora.tasks import Task
-from fedlora.training import batch_order, steps_for, train_steps, training_mode
+from fedlora.training import batch_order, poisson_batches, steps_for, train_steps, training_mode
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.AdamW
 
@@ -40,6 +43,7 @@ class Member:
         learning_rate: of a step, by its number from 0 and the number of steps.
         moments: the optimiser state to continue from, or empty.
         keys: the tensors of ``state`` that are trained; the same for all members of a cohort.
+        privacy: how its records are protected; of all members of a cohort, or of none.
     """
 
     client: str
@@ -50,6 +54,7 @@ class Member:
     learning_rate: Callable[[int, int], float]
     moments: Mapping[str, Tensor]
     keys: tuple[str, ...]
+    privacy: Mechanism | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Trained:
 
 def member_steps(member: Member, settings: ClientConfig) -> int:
     """Local steps that a member takes."""
+    if member.privacy is not None:
+        return member.privacy.steps
     whole = settings.batch_size * settings.grad_accumulation
     return steps_for(len(member.rows), whole, settings.local_epochs, settings.local_steps)
 
@@ -93,6 +100,7 @@ def train_alone(
                 keys,
                 phase.objective(task),
                 lambda state: _penalty_alone(model, state, member.client),
+                member.privacy,
             )
             losses.append(loss)
             moments |= kept
@@ -126,7 +134,7 @@ def train_cohort(
     longest_first = sorted(range(len(members)), key=lambda i: -steps[i])  # who has a step left is a prefix
     members, steps = [members[i] for i in longest_first], [steps[i] for i in longest_first]
     stacked = {key: torch.stack([m.state[key] for m in members]).to(model.device) for key in model.per_client}
-    losses: list[np.ndarray] = []
+    losses: list[list[np.ndarray]] = []
     moments: list[State] = [{} for _ in members]
     for _, keys in _phases(model, members[0].keys):
         found, optimizer = _train_phase(model, axis, task, encoded, settings, members, steps, stacked, keys)
@@ -135,8 +143,8 @@ def train_cohort(
             kept |= optimizer.moments(i)
     stacked = {key: stacked[key].cpu() for key in model.trainable}
     trained = [
-        _trained({key: value[i] for key, value in stacked.items()}, [each[i, :count] for each in losses], moments[i])
-        for i, count in enumerate(steps)
+        _trained({key: value[i] for key, value in stacked.items()}, [each[i] for each in losses], moments[i])
+        for i in range(len(members))
     ]
     return [trained[place] for place in np.argsort(longest_first)]
 
@@ -151,30 +159,42 @@ def _train_phase(
     steps: Sequence[int],
     stacked: State,
     keys: tuple[str, ...],
-) -> tuple[np.ndarray, _Optimizer]:
+) -> tuple[list[np.ndarray], _Optimizer]:
     """Train the tensors ``keys`` of ``stacked`` in place, the longest first.
 
     Returns:
-        The losses ``[clients, steps]``, and the optimiser with what it remembers.
+        The losses of each client's steps that had rows, and the optimiser with what it remembers.
     """
     whole = settings.batch_size * settings.grad_accumulation
-    orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
+    mechanisms = [member.privacy for member in members if member.privacy is not None]
+    draws = [mechanism.randomness() for mechanism in mechanisms]
+    if mechanisms:
+        settings = settings.model_copy(update={"max_grad_norm": None})
+        drawn = zip(members, mechanisms, draws, strict=True)
+        orders = [poisson_batches(m.rows, mechanism, draw) for m, mechanism, draw in drawn]
+    else:
+        orders = [batch_order(m.rows, whole, settings.local_epochs, settings.local_steps, m.rng()) for m in members]
     clients = [member.client for member in members]
     optimizer = _Optimizer({key: stacked[key] for key in keys}, members, settings)
     losses = torch.full((len(members), max(steps)), math.nan, device=model.device)
+    known = np.zeros(losses.shape, dtype=bool)
     model.own_trainables(keys)
     with training_mode(model.module, 0):
         for step in range(max(steps)):
             active = sum(step < count for count in steps)
             batches = [next(order) for order in orders[:active]]
+            known[:active, step] = [len(batch) > 0 for batch in batches]
             rates = [m.learning_rate(step, n) for m, n in zip(members[:active], steps, strict=False)]
             leaves = {key: value[:active].detach().requires_grad_(key in keys) for key, value in stacked.items()}
-            gradients, losses[:active, step] = cohort_gradients(
-                model, axis, task, encoded, leaves, batches, settings.batch_size
-            )
+            given = model, axis, task, encoded, leaves, batches, settings.batch_size
+            if mechanisms:
+                gradients, losses[:active, step] = private_gradients(*given, mechanisms[:active], draws[:active])
+            else:
+                gradients, losses[:active, step] = cohort_gradients(*given)
             penalty = model.penalty_gradient({key: stacked[key][:active] for key in keys}, clients[:active])
             optimizer.step(gradients, penalty, rates)
-    return losses.double().cpu().numpy(), optimizer
+    found = losses.double().cpu().numpy()
+    return [each[steps_known] for each, steps_known in zip(found, known, strict=True)], optimizer
 
 
 def _trained(state: State, losses: Sequence[np.ndarray], moments: State) -> Trained:
@@ -183,51 +203,7 @@ def _trained(state: State, losses: Sequence[np.ndarray], moments: State) -> Trai
         odd = np.flatnonzero(~np.isfinite(phase))
         if len(odd):
             return Trained({}, math.nan, {}, f"the loss is {phase[odd[0]]} at local step {odd[0] + 1}")
-    return Trained(state, float(losses[0].mean()), moments)
-
-
-def cohort_gradients(
-    model: AdaptedModel,
-    axis: ClientAxis,
-    task: Task,
-    encoded: EncodedRows,
-    leaves: State,
-    batches: Sequence[np.ndarray],
-    size: int,
-) -> tuple[State, Tensor]:
-    """Gradients of each client's mean loss over its batch.
-
-    Args:
-        model: gives what is frozen.
-        axis: of the model.
-        task: gives the loss.
-        encoded: all rows of the data set.
-        leaves: each client's tensors ``{key: [clients, ...]}``; those that require gradients are trained.
-        batches: the row numbers of each client; never empty.
-        size: rows of each client in one forward pass.
-
-    Returns:
-        The gradients ``{key: [clients, ...]}`` and the mean losses ``[clients]``.
-    """
-    device = model.device
-    parts = [[b[start : start + size] for b in batches] for start in range(0, max(map(len, batches)), size)]
-    collated = [model.to_device(task.collate(encoded, np.concatenate(part))) for part in parts]
-    counts = [[len(rows) for rows in part] for part in parts]
-    owners = [torch.repeat_interleave(torch.arange(len(part)), torch.tensor(part)).to(device) for part in counts]
-    weights = [task.row_weights(batch).to(device, torch.float32) for batch in collated]
-    totals = torch.zeros(len(batches), device=device)
-    for owner, weight in zip(owners, weights, strict=True):
-        totals.index_add_(0, owner, weight)
-    totals = totals.clamp(min=1)
-    losses = torch.zeros(len(batches), device=device)
-    for count, batch, owner in zip(counts, collated, owners, strict=True):
-        with axis.weights(leaves, count):
-            each = task.row_losses(model.module, batch) / totals[owner]
-            each.sum().backward()
-        losses.index_add_(0, owner, each.detach())
-    trained = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
-    gradients = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in trained.items()}
-    return gradients, losses
+    return Trained(state, float(losses[0].mean()) if len(losses[0]) else 0.0, moments)
 
 
 class _Optimizer:

@@ -34,6 +34,7 @@ from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.private_models import PrivateModels
 from fedlora.precision import DTYPES, settled_precision
+from fedlora.privacy.checks import check_record_privacy
 from fedlora.seeding import numpy_rng
 from fedlora.tasks import Schema, Task, base, build_task
 
@@ -121,7 +122,9 @@ class Federation:
                 f"Use cohort.size <= {len(self.clients)}, or cohort.size=null for all of them."
             )
         self._check_gradients()
-        if config.privacy.name != "none":
+        if config.privacy.name == "record":
+            check_record_privacy(self)
+        if config.privacy.name == "client":
             raise InputError(f"privacy={config.privacy.name} is not available yet. Use privacy=none.")
 
     def _check_gradients(self) -> None:

@@ -107,7 +107,7 @@ class ClientStore:
 
     def remove(self, client: str) -> None:
         """Drop everything that ``client`` keeps, and shared content that only it referred to."""
-        shutil.rmtree(self.folder / folder_name(client), ignore_errors=True)
+        shutil.rmtree(self.folder_of(client), ignore_errors=True)
         self.collect()
 
     def collect(self) -> None:
@@ -120,8 +120,12 @@ class ClientStore:
             if path.stem not in referenced:
                 path.unlink()
 
+    def folder_of(self, client: str) -> Path:
+        """Where everything that is ``client``'s own lies."""
+        return self.folder / folder_name(client)
+
     def _path(self, client: str, server_round: int) -> Path:
-        return self.folder / folder_name(client) / f"round_{server_round:06d}.safetensors"
+        return self.folder_of(client) / f"round_{server_round:06d}.safetensors"
 
     def _newest(self, client: str, server_round: int) -> Path | None:
         """The file of ``client`` from the last round before ``server_round``."""
@@ -129,7 +133,7 @@ class ClientStore:
         return None if newest is None else self._path(client, newest)
 
     def _rounds(self, client: str) -> list[int]:
-        folder = self.folder / folder_name(client)
+        folder = self.folder_of(client)
         return [int(path.stem.removeprefix("round_")) for path in folder.glob("round_*.safetensors")]
 
 
@@ -139,6 +143,17 @@ def folder_name(client: str) -> str:
     if name == client and 0 < len(name) <= 80 and name[0] not in "._ " and "~" not in name:
         return name
     return f"{name[:60].lstrip('._ ')}~{hashlib.blake2b(client.encode(), digest_size=6).hexdigest()}"
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replace a file at once; when this returns, the new one is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

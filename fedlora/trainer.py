@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedlora.adapters import State
 from fedlora.client_axis import ClientAxis
-from fedlora.cohort import Member, Trained, cohort_gradients, member_steps, train_alone, train_cohort
+from fedlora.cohort import Member, Trained, member_steps, train_alone, train_cohort
+from fedlora.cohort_gradients import cohort_gradients
 from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
 from fedlora.model import AdaptedModel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import cast
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from fedlora.errors import FedloraError
 from fedlora.model import AdaptedModel
 from fedlora.packing import choose
 from fedlora.tasks import Batch, Task
+
+if TYPE_CHECKING:
+    from fedlora.privacy.mechanism import Mechanism
+    from fedlora.privacy.randomness import Randomness
 
 
 def train_steps(
@@ -33,6 +37,7 @@ def train_steps(
     keys: tuple[str, ...],
     objective: Callable[[nn.Module, Batch], Tensor],
     penalty: Callable[[State], State] | None = None,
+    privacy: Mechanism | None = None,
 ) -> tuple[float, State]:
     """Train the tensors ``keys`` of the model in place on ``rows``.
 
@@ -48,10 +53,12 @@ def train_steps(
         moments: the optimiser state to continue from, as this function returned it; empty to start anew.
         keys: what is trained.
         objective: the mean loss of a batch, a scalar.
-        penalty: gradients that no data enter, from what is trained; added to those of the loss after clipping.
+        penalty: gradients that no data enter, from what is trained; added to the others after clipping and noise.
+        privacy: DP-SGD instead, with Poisson sampling: ``rng``, ``objective`` and ``max_grad_norm`` play no part then.
 
     Returns:
-        The mean loss over the steps, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is set.
+        The mean loss over the steps that had rows, and AdamW's moments by ``<key>/<name>`` if ``keep_optimizer`` is
+        set.
 
     Raises:
         FedloraError: a loss is not finite; the message has the step.
@@ -61,16 +68,30 @@ def train_steps(
     optimizer = _optimizer(list(parameters.values()), settings)
     _load_moments(optimizer, parameters, moments)
     whole = settings.batch_size * settings.grad_accumulation
-    steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
     losses: list[float] = []
-    with training_mode(model.module, dropout_seed):
-        for step, batch in enumerate(batch_order(rows, whole, settings.local_epochs, settings.local_steps, rng)):
-            optimizer.zero_grad()
-            losses.append(_backward(model, task, encoded, batch, settings.batch_size, objective))
-            if not math.isfinite(losses[-1]):
-                raise FedloraError(f"the loss is {losses[-1]} at local step {len(losses)}")
-            if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    if privacy is None:
+        steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
+        private, hooks = None, nullcontext()
+        batches = batch_order(rows, whole, settings.local_epochs, settings.local_steps, rng)
+    else:
+        from fedlora.privacy import hooks as opacus  # which takes seconds to import
+
+        steps, hooks = privacy.steps, opacus.hooked(model)
+        private = opacus.RecordGradients(model, task, encoded, parameters, optimizer, privacy)
+        batches = poisson_batches(rows, privacy, private.randomness)
+    with training_mode(model.module, dropout_seed), hooks:
+        for step, batch in enumerate(batches):
+            if private is not None:
+                loss = private.compute(batch, settings.batch_size)
+            else:
+                optimizer.zero_grad()
+                loss = _backward(model, task, encoded, batch, settings.batch_size, objective)
+                if settings.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            if loss is not None:
+                losses.append(loss)
+                if not math.isfinite(loss):
+                    raise FedloraError(f"the loss is {loss} at local step {step + 1}")
             if penalty is not None:
                 for key, gradient in penalty({key: p.detach() for key, p in parameters.items()}).items():
                     parameters[key].grad = _sum(parameters[key].grad, gradient)
@@ -78,7 +99,7 @@ def train_steps(
                 group["lr"] = learning_rate(step, steps)
             optimizer.step()
     model.assert_trainables(keys)
-    return float(np.mean(losses)), _moments(optimizer, parameters) if settings.keep_optimizer else {}
+    return float(np.mean(losses or [0.0])), _moments(optimizer, parameters) if settings.keep_optimizer else {}
 
 
 def _sum(gradient: Tensor | None, penalty: Tensor) -> Tensor:
@@ -138,6 +159,12 @@ def batch_order(
             order = rng.permutation(rows)
         start = (step % per_epoch) * batch_size
         yield order[start : start + batch_size]
+
+
+def poisson_batches(rows: np.ndarray, privacy: Mechanism, randomness: Randomness) -> Iterator[np.ndarray]:
+    """Batches of row numbers in which each row is with the same probability, for the steps of a round; maybe empty."""
+    for _ in range(privacy.steps):
+        yield rows[randomness.chosen(len(rows), privacy.sample_rate)]
 
 
 def steps_for(rows: int, batch_size: int, epochs: int, steps: int | None) -> int:

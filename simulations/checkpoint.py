@@ -38,6 +38,7 @@ class Checkpoint:
         delivered: clients that hold the setup.
         capabilities: what clients have announced, as they announced it.
         best: the best evaluation so far.
+        epsilons: what clients have said that they have spent.
     """
 
     round: int
@@ -48,6 +49,7 @@ class Checkpoint:
     delivered: list[str]
     capabilities: dict[str, dict[str, Any]]
     best: dict[str, Any] | None
+    epsilons: dict[str, float]
 
 
 def save(folder: Path, checkpoint: Checkpoint, ledger: Ledger, since_round: int) -> None:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import wire
 from fedlora.adapters import State, registered
 from fedlora.capability import announcement
-from fedlora.client import CAPABILITY, GRADIENTS
+from fedlora.client import CAPABILITY, EPSILON, GRADIENTS
 from fedlora.config import Config
 from fedlora.federation import Federation
 from fedlora.grid import node_of, parts_of
@@ -103,6 +103,7 @@ def _traffic(
     per_round: list[dict[str, int]] = []
     total: dict[str, int] = defaultdict(int)
     counted = ours is None or ours.communicates
+    private = config.privacy.name == "record"
     if ours is not None:
         frozen = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.frozen).items()}
         ours.begin_run(Server(frozen, lambda state: federation.public_gradients(model), federation.capability))
@@ -145,7 +146,7 @@ def _traffic(
                 node_of(client), client, server_round, config.wire.dtype, down, extra, once, header,
                 _hashable(out.instructions),
             )  # fmt: skip
-            sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up)
+            sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up, private)
             replies.append(Reply(client, completed(answer, shared), count, share, 0.0, frozenset(answer)))
         if not counted:
             sums = defaultdict(int)
@@ -188,9 +189,9 @@ def _message_down(
 
 
 @lru_cache(maxsize=4096)
-def _message_up(node: int, examples: int, dtype: str, arrays: int) -> int:
-    """Length of the reply of a client that trained."""
-    metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5})
+def _message_up(node: int, examples: int, dtype: str, arrays: int, private: bool) -> int:
+    """Length of the reply of a client that trained; a ``private`` one says what it has spent."""
+    metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5, **({EPSILON: 0.5} if private else {})})
     return _reply(node, RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}))
 
 

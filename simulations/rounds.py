@@ -6,19 +6,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
 
 from fedlora import wire
 from fedlora.adapters import State
 from fedlora.capability import Capability, announced, announcement
-from fedlora.client import Worker
+from fedlora.client import EPSILON, Worker
 from fedlora.errors import FedloraError, InputError
 from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
 from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
+from fedlora.privacy.budget import SITS_OUT
 from simulations import checkpoint
 from simulations.announcements import Capabilities
 from simulations.callbacks import Callback
@@ -57,12 +59,13 @@ class FederatedRun:
             self.ledger, self.completed, self.best = Ledger(), -1, None
             delivered: list[str] = []
             self._known: dict[str, Capability] = {}
+            self.epsilons: dict[str, float] = {}
             self.sends_frozen = self.federation.adapter.broadcast_frozen
         else:
             at, self.ledger = saved
             self.state, self.frozen, self.completed, self.best = at.state, at.frozen, at.round, at.best
             checkpoint.restore_strategy(self.strategy, at.strategy)
-            delivered, self.sends_frozen = at.delivered, at.setup
+            delivered, self.sends_frozen, self.epsilons = at.delivered, at.setup, dict(at.epsilons)
             self._known = {client: announced(said, said) for client, said in at.capabilities.items()}
         folder.truncate_rounds(self.completed)
         self._saved_round = self.completed
@@ -141,6 +144,7 @@ class FederatedRun:
         failures = refused | self._failures(server_round, failed_in(replies, grid), len(replies))
         with self._clock("aggregate"), collector_paused():
             owners = [grid.client_of(reply.metadata.src_node_id) for reply in replies]
+            self.epsilons |= spent_by(replies, owners)
             self._exactness.expect(replies, owners, self.state, self.frozen)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
@@ -168,8 +172,9 @@ class FederatedRun:
         for client, reason in failed.items():
             self.ledger.refuse(server_round, client, reason)
             log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
-        if failed and len(failed) == asked:
-            client, reason = next(iter(failed.items()))
+        broken = {client: reason for client, reason in failed.items() if not reason.startswith(SITS_OUT)}
+        if broken and len(failed) == asked:
+            client, reason = next(iter(broken.items()))
             kind = InputError if reason.startswith("the loss is") else FedloraError
             raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
         return failed
@@ -205,7 +210,8 @@ class FederatedRun:
             "cohort": list(chosen),
             "failures": failures,
             "seconds": {},
-            "epsilon": None,
+            "epsilon": max(self.epsilons.values(), default=None),
+            "epsilon_median": float(np.median(list(self.epsilons.values()))) if self.epsilons else None,
         }
         self.completed = server_round
         self.seconds["other"] = time.perf_counter() - started - self.seconds["evaluate"] + self._unrecorded
@@ -229,6 +235,7 @@ class FederatedRun:
             delivered=sorted(self._delivered),
             capabilities={client: announcement(capability) for client, capability in self._known.items()},
             best=self.best,
+            epsilons=self.epsilons,
         )
         checkpoint.save(self.folder.checkpoint, state, self.ledger, self._saved_round)
         self._write_engine_changes()
@@ -259,6 +266,14 @@ class FederatedRun:
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
+
+
+def spent_by(replies: Sequence[Message], owners: Sequence[str]) -> dict[str, float]:
+    """Epsilon of everything that clients have released, where they say it."""
+    metrics = {
+        o: r.content.metric_records.get("metrics", {}) for o, r in zip(owners, replies, strict=True) if r.has_content()
+    }
+    return {owner: cast(float, each[EPSILON]) for owner, each in metrics.items() if EPSILON in each}
 
 
 def failed_in(replies: Sequence[Message], grid: ClientGrid) -> dict[str, str]:

@@ -56,11 +56,14 @@ def settle(worker: Worker, trains: bool = True) -> list[str]:
         if reason:
             said.append(f"clients are trained one after the other: {reason}")
         if name == "auto":
-            name = "loop" if reason or _clients_a_round(worker) == 1 else "cohort"
+            alone = _clients_a_round(worker) == 1 and worker.budget is None
+            name = "loop" if reason or alone else "cohort"
             said.append(f"engine=auto: {name}, {_place(workers)}")
         if name == "cohort" and tokens is None and not reason:
             tokens = _measured(worker)
             said.append(f"a common step has about {tokens} tokens: the fastest of a short measurement")
+    if trains:
+        worker.require_privacy()
     settled = engine.model_copy(update={"name": name, "workers": workers, "threads": threads, "tokens": tokens})
     precision = settled_precision(federation.config.precision)
     federation.config = federation.config.model_copy(update={"engine": settled, "precision": precision})

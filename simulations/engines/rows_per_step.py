@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedlora.cohort import cohort_gradients
+from fedlora.cohort_gradients import cohort_gradients
 from fedlora.config import Config
 from fedlora.encoded import cache_folder
 from fedlora.trainer import Trainer, is_out_of_memory

@@ -35,6 +35,7 @@ CASES = {
     "fed_sb: setup": ["method=fed_sb", "adapter.basis=gradient"],
     "flora: restarts": ["method=flora"],
     "local: personal state": ["method=local"],
+    "noise": ["method=ffa", "privacy=record", "cohort.size=null"],
     "base correction and moments": ["method=fedex", "client.keep_optimizer=true", "cohort.size=null"],
 }
 COHORT = ["engine=cohort", "engine.tokens=150", "engine.threads=1"]

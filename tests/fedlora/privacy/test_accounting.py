@@ -1,0 +1,61 @@
+"""Epsilon is that of Opacus, and the same whether steps are told at once or round by round."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+from fedlora.privacy.accounting import Accountant, Steps, default_delta, epsilon_of, solved_noise
+
+PINNED: list[tuple[Accountant, float, float, int, float, float]] = [
+    ("rdp", 1.0, 0.01, 1000, 1e-5, 2.1014),
+    ("rdp", 0.8, 0.064, 300, 5e-4, 10.4613),
+    ("prv", 1.0, 0.01, 1000, 1e-5, 1.8384),
+]
+"""Accountant, noise multiplier, sample rate, steps, delta, and epsilon as stock Opacus 1.6 printed it."""
+
+
+@pytest.mark.parametrize(("name", "noise", "rate", "steps", "delta", "epsilon"), PINNED)
+def test_epsilon_equals_opacus_at_once_and_round_by_round(
+    name: Accountant, noise: float, rate: float, steps: int, delta: float, epsilon: float
+) -> None:
+    stock: Any = {"rdp": RDPAccountant, "prv": PRVAccountant}[name]()
+    for _ in range(steps):
+        stock.step(noise_multiplier=noise, sample_rate=rate)
+    rounds = [Steps(noise, rate, steps // 10)] * 10
+    assert epsilon_of(rounds, delta, name) == pytest.approx(stock.get_epsilon(delta), abs=1e-9)
+    assert epsilon_of([Steps(noise, rate, steps)], delta, name) == pytest.approx(epsilon, abs=1e-2)
+
+
+def test_different_rounds_are_composed_in_any_order() -> None:
+    steps = [Steps(1.0, 0.05, 20), Steps(2.0, 0.1, 5), Steps(1.0, 0.05, 7)]
+    assert epsilon_of(steps, 1e-4, "rdp") == epsilon_of(reversed(steps), 1e-4, "rdp")
+    assert epsilon_of(steps, 1e-4, "rdp") > epsilon_of(steps[:2], 1e-4, "rdp")
+
+
+def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
+    assert epsilon_of([], 1e-5, "rdp") == 0.0
+    assert epsilon_of([Steps(1.0, 0.1, 5), Steps(0.0, 0.1, 1)], 1e-5, "rdp") == math.inf
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    epsilon=st.floats(0.3, 20.0), records=st.integers(50, 5000), batch=st.integers(1, 50), steps=st.integers(1, 2000)
+)
+def test_solved_noise_keeps_the_budget_and_wastes_little_of_it(
+    epsilon: float, records: int, batch: int, steps: int
+) -> None:
+    delta, rate = default_delta(records), batch / records
+    noise = solved_noise(epsilon, delta, rate, steps, "rdp")
+    spent = epsilon_of([Steps(noise, rate, steps)], delta, "rdp")
+    assert epsilon * 0.98 - 0.02 <= spent <= epsilon
+
+
+@given(st.integers(1, 10**7))
+def test_the_default_delta_is_below_one_in_all_records(records: int) -> None:
+    assert default_delta(records) < 1 / records
