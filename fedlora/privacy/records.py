@@ -42,7 +42,7 @@ def private_gradients(
         encoded: all rows of the data set.
         leaves: each client's tensors ``{key: [clients, ...]}``; those that require gradients are trained.
         batches: the row numbers of each client, Poisson drawn; some or all may be empty.
-        size: rows of each client in one forward pass.
+        size: rows that a client has in one forward pass, about and on average.
         mechanisms: of each client.
         draws: the noise of each client.
 
@@ -54,12 +54,12 @@ def private_gradients(
     sums = {key: torch.zeros_like(leaves[key], requires_grad=False) for key in trained}
     losses = torch.zeros(len(batches), device=device)
     clips = torch.tensor([m.clip for m in mechanisms], device=device)
-    for start in range(0, max(map(len, batches)), size):
-        part = [batch[start : start + size] for batch in batches]
-        owner = torch.repeat_interleave(torch.arange(len(part)), torch.tensor([len(p) for p in part])).to(device)
+    rows, owners = np.concatenate(batches), np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
+    pieces = max(1, round(len(rows) / (size * len(batches))))  # a batch is larger or smaller than expected
+    for places in np.array_split(np.arange(len(rows)), pieces) if len(rows) else ():
+        owner = torch.from_numpy(owners[places]).to(device)
         each = {key: leaf.detach()[owner].requires_grad_(key in sums) for key, leaf in leaves.items()}
-        alone = [rows[i : i + 1] for rows in part for i in range(len(rows))]
-        gradients, found = cohort_gradients(model, axis, task, encoded, each, alone, 1)
+        gradients, found = cohort_gradients(model, axis, task, encoded, each, np.split(rows[places], len(places)), 1)
         losses.index_add_(0, owner, found)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
         scale = (clips[owner] / (norms + 1e-6)).clamp(max=1.0)

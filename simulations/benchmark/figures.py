@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from simulations.benchmark.variants import VARIANTS, Variant, loop_of, own_central_of
+from simulations.benchmark.variants import VARIANTS, Variant, loop_of, own_central_of, public_of
 
 TOLERANCE = {"fp32": 5e-5, "bf16": 2e-2}
 """How far the mean loss of any round may be from that of the variant whose mathematics it shares."""
@@ -29,7 +29,7 @@ def _figures(variant: Variant, result: Mapping[str, Any]) -> dict[str, Any]:
     answers = result["variants"][variant.name]["answers"]
     seconds = _seconds(result, variant.name)
     typical = median(seconds)
-    own, federated = own_central_of(variant), variant.kind in ("federated", "flower")
+    own, public, federated = own_central_of(variant), public_of(variant), variant.kind in ("federated", "flower")
     return {
         "name": variant.name,
         "seconds": {"median": typical, "min": min(seconds), "max": max(seconds)},
@@ -46,6 +46,7 @@ def _figures(variant: Variant, result: Mapping[str, Any]) -> dict[str, Any]:
             "speedup_over_loop": ratio(result, loop_of(variant), variant.name) if federated else None,
             "tax_over_central": _tax(ratio(result, variant.name, "central")),
             "tax_over_own_central": _tax(ratio(result, variant.name, own) if own else None),
+            "tax_of_privacy": _tax(ratio(result, variant.name, public) if public else None),
             "speedup_over_flower": ratio(result, "flower", variant.name) if federated else None,
         },
         "loss": _loss(variant, result),

@@ -14,15 +14,16 @@ from simulations.tables import human_bytes
 
 HEADER = (
     "variant", "s/round (min-max)", "clients/s", "tokens/s", "of peak", "memory", "vs loop", "tax, central",
-    "tax, own", "vs Flower",
+    "tax, own", "tax, DP", "vs Flower",
 )  # fmt: skip
 LEGEND = """\
 *s/round*: median, least and most of the repeats. In each repeat every variant trains one round in turn while the
 processes of all others are stopped. *of peak*: 4 x P x tokens FLOPs by the time and by the fp32 matrix-product peak
 measured here (by the bf16 peak after the stroke), tokens without padding: above 100 % where work is skipped.
 *memory*: peak resident memory after the warm-up, summed over the processes of a variant. *vs loop*: times as fast as
-the padded loop with as many processes. *tax*: how much longer than central fine-tuning (plain PEFT at its best batch
-size; ours with the same packing and precision). *vs Flower*: times as fast as Flower's simulation with cached models.
+the padded loop with as many processes (private ones: as the private loop). *tax*: how much longer than central
+fine-tuning (plain PEFT at its best batch size; ours with the same packing and precision), or than the same program
+without privacy (*DP*). *vs Flower*: times as fast as Flower's simulation with cached models.
 Ratios are medians of the quotients within each repeat."""
 QUIET = 0.05
 """Share of the cores that everything else may use before the times mean little."""
@@ -85,6 +86,7 @@ def _row(line: Mapping[str, Any]) -> list[str]:
         _times(ratios["speedup_over_loop"]),
         _percent(ratios["tax_over_central"]),
         _percent(ratios["tax_over_own_central"]),
+        _percent(ratios["tax_of_privacy"]),
         _times(ratios["speedup_over_flower"]),
     ]
 

@@ -52,6 +52,7 @@ LOOP, LOOP_TWO, COHORT, COHORT_TWO = (
 )
 CENTRAL = ("method=central", *LOOP, PACKED)
 BF16 = "precision=bf16"
+NOISE = ("privacy=record", "privacy.epsilon=null", "privacy.noise_multiplier=1", "privacy.clip=1")
 
 VARIANTS = (
     Variant("central", "plain_central", "PEFT and transformers on the pooled rows, best batch", same_loss_as="central"),
@@ -68,6 +69,10 @@ VARIANTS = (
             same_loss_as="central"),
     Variant("own-central-bf16", "own_central", "the same in bf16", (*CENTRAL, BF16), 1, True, "bf16",
             same_loss_as="central"),
+    Variant("loop-private", "federated", "DP-SGD through the hooks of Opacus, padded", (*LOOP, PADDED, *NOISE),
+            same_loss_as="loop-private"),
+    Variant("cohort-private", "federated", "DP-SGD, clients share a batch", (*COHORT, PACKED, *NOISE), packed=True,
+            same_loss_as="loop-private"),
     Variant("flower", "flower", "Flower simulation, two actors, model cached", processes=2),
     Variant("flower-rebuilt", "flower", "the same, model built in every call", processes=2, rebuild=True),
 )  # fmt: skip
@@ -86,8 +91,16 @@ def chosen(names: Sequence[str]) -> tuple[Variant, ...]:
     return tuple(variant for variant in VARIANTS if not names or variant.name in names)
 
 
+def public_of(variant: Variant) -> str | None:
+    """The same program without differential privacy."""
+    public = variant.name.removesuffix("-private")
+    return public if public != variant.name else None
+
+
 def loop_of(variant: Variant) -> str:
-    """The loop with as many processes."""
+    """The loop with as many processes, and as private."""
+    if public_of(variant):
+        return "loop-private"
     return "loop" if variant.processes == 1 else "loop-x2"
 
 
@@ -95,4 +108,4 @@ def own_central_of(variant: Variant) -> str | None:
     """Our central training with the same packing and precision, if it is measured."""
     how = (variant.packed, variant.precision)
     same = [v.name for v in VARIANTS if v.kind == "own_central" and (v.packed, v.precision) == how]
-    return same[0] if same and variant.kind == "federated" else None
+    return same[0] if same and variant.kind == "federated" and not public_of(variant) else None
