@@ -32,7 +32,9 @@ from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.trainer import PersonalTrainer
 from fedlora.privacy.budget import Budget
+from fedlora.privacy.client_level import clipped, moved, update_of
 from fedlora.privacy.mechanism import Mechanism, mechanism_for
+from fedlora.privacy.randomness import Seeded, System
 from fedlora.ranks import crop, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
@@ -46,7 +48,11 @@ CAPABILITY = "capability"
 """The record in which a client announces what it is able to train, when it is asked by a message of type ``query``."""
 EPSILON = "epsilon"
 """The metric in which a client says what everything that it has released costs."""
-KNOWN_INSTRUCTIONS = {"server-round", "client-id", "pool", "personal", "correction", "restart", "train", "basis"}
+CLIP, NOISE = "clip-update", "noise-update"
+"""The instructions to clip the whole update to a norm, and to add noise of a standard deviation, before sending."""
+KNOWN_INSTRUCTIONS = {
+    "server-round", "client-id", "pool", "personal", "correction", "restart", "train", "basis", CLIP, NOISE,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -288,9 +294,20 @@ class Worker:
         reply = RecordDict({"metrics": metrics})
         if not job.personal:
             layout = self.answer_layout(job.client, job.parts)
-            sent = crop({key: state[key] for key in layout}, layout)
+            sent = self._private_update(job, crop({key: state[key] for key in layout}, layout))
             reply["arrays"] = wire.pack(sent, self.federation.config.wire.dtype)
         return Message(reply, reply_to=job.message)
+
+    def _private_update(self, job: Job, state: State) -> State:
+        """``state`` with its update clipped and noise of the client's own on it, if the message asks for that."""
+        asked = job.message.content.config_records["config"]
+        if CLIP not in asked:
+            return state
+        start = {key: job.member.state[key] for key in state}
+        update = clipped(update_of(state, start), float(asked[CLIP]))  # pyright: ignore
+        seed = derive_seed(self.federation.config.seed, "privacy", job.server_round, job.client)
+        noise = (System() if self.deployed else Seeded(seed)).normal(update.shape, float(asked[NOISE]))  # pyright: ignore
+        return moved(start, update + noise)
 
     def frozen(self, references: Mapping[str, str]) -> Frozen:
         """The basis and the base correction of a client."""

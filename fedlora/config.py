@@ -228,6 +228,10 @@ class PrivacyConfig(Settings):
         clip: norm that the gradient of a record, or the update of a client, is clipped to.
         accountant: how ``epsilon`` is computed: Renyi (``rdp``) or privacy-loss (``prv``, tighter, slower) accounting.
         rounds: of training that a client spreads its budget over (``record``); ``None``: every round of the run.
+        clipping: whether ``clip`` stays (``fixed``) or is only the first and follows ``quantile`` (``client``).
+        quantile: of the norms of updates that an adaptive ``clip`` moves towards (Andrew et al. 2021).
+        noise: who adds it (``client``): the server to the sum, or each of the clients its share before it sends.
+        secret_cohort: every client takes part in a round by a coin of its own, and no output says who did (``client``).
     """
 
     name: Literal["none", "record", "client"]
@@ -237,6 +241,29 @@ class PrivacyConfig(Settings):
     clip: Annotated[float, Field(gt=0)] | None = None
     accountant: Literal["rdp", "prv"] = "rdp"
     rounds: Count | None = None
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    noise: Literal["server", "clients"] = "server"
+    secret_cohort: bool = False
+
+    @model_validator(mode="after")
+    def _of_clients_only(self) -> PrivacyConfig:
+        only = {"clipping": "fixed", "quantile": None, "noise": "server", "secret_cohort": False}
+        foreign = [key for key, usual in only.items() if getattr(self, key) != usual]
+        if self.name != "client" and foreign:
+            raise ValueError(f"privacy.{foreign[0]} is a setting of privacy=client")
+        if self.name == "client" and self.rounds is not None:
+            raise ValueError(
+                "privacy.rounds is a setting of privacy=record; the draws of a client are known in advance"
+            )
+        if (self.quantile is None) != (self.clipping == "fixed"):
+            raise ValueError("privacy.quantile belongs to privacy.clipping=adaptive, which needs it, such as 0.5")
+        if self.clipping == "adaptive" and self.noise == "clients":
+            raise ValueError(
+                "privacy.clipping=adaptive counts on the server which updates were clipped, and with "
+                "privacy.noise=clients it sees none of them: use privacy.noise=server or privacy.clipping=fixed"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_reach(self) -> PrivacyConfig:

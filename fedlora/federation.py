@@ -124,8 +124,6 @@ class Federation:
         self._check_gradients()
         if config.privacy.name == "record":
             check_record_privacy(self)
-        if config.privacy.name == "client":
-            raise InputError(f"privacy={config.privacy.name} is not available yet. Use privacy=none.")
 
     def _check_gradients(self) -> None:
         """Refuse an adapter that starts from gradients where there are none, or none that may be looked at."""

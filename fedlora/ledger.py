@@ -84,11 +84,12 @@ class Ledger:
         """All entries as a table."""
         return pd.DataFrame({name: [getattr(entry, name) for entry in self.entries] for name in COLUMNS})
 
-    def write(self, path: Path) -> None:
-        """Write the table as parquet, atomically."""
+    def write(self, path: Path, *, names: bool = True) -> None:
+        """Write the table as parquet, atomically; without ``names`` nobody learns from it who took part."""
         temporary = path.with_name(f".{path.name}.tmp")
         types = {name: "str" if name in ("client", "direction", "status") else "int64" for name in COLUMNS}
-        self.frame().astype(types).to_parquet(temporary, index=False)
+        frame = self.frame() if names else self.frame().assign(client="?")
+        frame.astype(types).to_parquet(temporary, index=False)
         temporary.replace(path)
 
     @classmethod

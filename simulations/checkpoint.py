@@ -35,6 +35,7 @@ class Checkpoint:
         frozen: the frozen factors as they are now.
         setup: whether clients are sent them.
         strategy: the strategy's own state.
+        privacy: the state of the privacy mechanism around it.
         delivered: clients that hold the setup.
         capabilities: what clients have announced, as they announced it.
         best: the best evaluation so far.
@@ -46,6 +47,7 @@ class Checkpoint:
     frozen: State
     setup: bool
     strategy: dict[str, Any]
+    privacy: dict[str, Any]
     delivered: list[str]
     capabilities: dict[str, dict[str, Any]]
     best: dict[str, Any] | None

@@ -16,6 +16,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
 from fedlora.model import AdaptedModel
+from fedlora.privacy.statement import private_label
 from simulations import checkpoint
 from simulations.compose import own_pair
 from simulations.memory import measured_peak
@@ -47,7 +48,10 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     elif run.ours.evaluation == "personal" and run.ours.communicates:
         shared = {key: value.clone() for key, value in run.state.items()}
         save_file(shared, folder.path / "shared.safetensors")
-    run.ledger.write(folder.ledger_file)
+    run.ledger.write(folder.ledger_file, names=not config.privacy.secret_cohort)
+    privacy = None if run.client_level is None else run.client_level.summary()
+    if privacy is not None:
+        _mark(folder, privacy["statement"])
     errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
     trained, target = max(run.rounds, 1), config.eval.target
     totals = run.ledger.totals()
@@ -66,6 +70,7 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
             key: totals[key] / trained for key in ("payload_up", "payload_down", "message_up", "message_down")
         },
         "communicates": run.ours is None or run.ours.communicates,
+        "privacy": privacy,
         "aggregation_error": {"max": max(errors), "last": errors[-1]} if errors else None,
         "target": None if target is None else cost_of_target(rounds, run.federation.task.main_metric, target),
         "samples": _samples(run),
@@ -84,6 +89,13 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     write_atomically(folder.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     checkpoint.remove(folder.checkpoint)
     return summary
+
+
+def _mark(folder: RunFolder, statement: str) -> None:
+    """Put the statement of a private run beside every model that may be carried away."""
+    for model in (folder.adapter, folder.merged):
+        if model.exists():
+            write_atomically(model / "PRIVACY.txt", f"{statement}\n")
 
 
 def _samples(run: FederatedRun) -> list[dict[str, str]]:
@@ -105,13 +117,16 @@ def _samples(run: FederatedRun) -> list[dict[str, str]]:
 def label(config: Config, adapter: Adapter, trains: bool) -> str:
     """The method with every choice that changes its numbers, as tables print it: ``fed_sb[gradient]``.
 
-    Any other pair than the method's own names itself: ``FedMedian(lora)``, ``Average(peft[Miss])``.
+    Any other pair than the method's own names itself: ``FedMedian(lora)``, ``Average(peft[Miss])``. A private run says
+    that it is simulated.
     """
     target = str(config.strategy["_target_"])
     if (config.adapter["name"], target) != own_pair(config.method):
-        return f"{target.replace(':', '.').rpartition('.')[2]}({adapter.label})"
-    choice = adapter.label.removeprefix(adapter.config.name) if trains else ""
-    return config.method + choice.replace(f"[{config.method}]", "")
+        name = f"{target.replace(':', '.').rpartition('.')[2]}({adapter.label})"
+    else:
+        choice = adapter.label.removeprefix(adapter.config.name) if trains else ""
+        name = config.method + choice.replace(f"[{config.method}]", "")
+    return name if config.privacy.name == "none" else private_label(name, config.privacy.name)
 
 
 def _phases(rounds: list[dict[str, Any]]) -> dict[str, float]:
@@ -133,6 +148,9 @@ def merge_finished(config: Config, folder: RunFolder) -> None:
     path = folder.adapter / "base_correction.safetensors"
     correction = load_file(path) if path.exists() else {}
     export_merged(worker.federation, folder.merged, tensors, {}, correction, head)
+    privacy = (folder.read_summary() or {}).get("privacy")
+    if privacy is not None:
+        _mark(folder, privacy["statement"])
 
 
 def saved_head(model: AdaptedModel, folder: RunFolder) -> State:

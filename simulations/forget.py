@@ -54,6 +54,11 @@ def forget(run_dir: Path, owner: str) -> dict[str, Any]:
     config = folder.read_config()
     if folder.read_summary() is None:
         raise InputError(f"{folder.path} is an unfinished run: finish it with 'fedlora resume {folder.path}' first.")
+    if config.privacy.name != "none":
+        raise InputError(
+            f"{folder.path} was run with privacy={config.privacy.name}, and to forget a client its rows would be used "
+            "again, without noise. Repeat the run without this client instead."
+        )
     blocks = folder.adapter / f"{FILE}.safetensors"
     if not blocks.exists():
         return suppress(run_dir, owner)

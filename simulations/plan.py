@@ -34,10 +34,11 @@ from fedlora.personal.work import flops_per_token
 from fedlora.plugins import load_object
 from fedlora.ranks import crop
 from fedlora.training import steps_for
+from simulations.client_privacy import client_level
 from simulations.compose import CONF, choices_of, options, own_pair
 from simulations.finish import label
 from simulations.memory import predicted_peak, step_bytes, weight_bytes
-from simulations.sampler import cohort
+from simulations.sampler import NOBODY, cohort
 from strategies.base import FederatedStrategy, Outgoing, Reply, Server
 from strategies.build import build_strategy
 from strategies.means import completed, weights
@@ -57,10 +58,11 @@ def plan_run(config: Config) -> dict[str, Any]:
     federation = Federation(config)
     model = federation.build_meta_model()
     strategy = build_strategy(config.strategy, model)
+    private = client_level(federation, model, strategy)
     ours = strategy if isinstance(strategy, FederatedStrategy) else None
     rounds = config.rounds if ours is None or ours.trains else 0
     trainable = _trainable(federation, model)
-    traffic = _traffic(federation, model, ours, rounds)
+    traffic = _traffic(federation, model, ours, rounds, {} if private is None else private.instructions())
     messages = max(traffic["clients"], 1)
     setup = sum(prod(s) for s in model.shapes(model.frozen).values()) if traffic["setup_bytes"] else 0
     communicates = ours is None or ours.communicates
@@ -85,14 +87,22 @@ def plan_run(config: Config) -> dict[str, Any]:
         "per_round": traffic["per_round"],
         "client_memory_bytes": weights_held + step,
         "run_memory_bytes": predicted_peak(federation, model, weights_held, step),
+        "privacy": None if private is None else private.summary(),
         "client_flops_per_round": _client_flops(federation, model) if rounds else 0,
     }
 
 
 def _traffic(
-    federation: Federation, model: AdaptedModel, ours: FederatedStrategy | None, rounds: int
+    federation: Federation,
+    model: AdaptedModel,
+    ours: FederatedStrategy | None,
+    rounds: int,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Payload, setup and message bytes of every round, from the real sampler and strategy on meta tensors."""
+    """Payload, setup and message bytes of every round, from the real sampler and strategy on meta tensors.
+
+    ``more``: instructions to every client beside those of the strategy.
+    """
     config = federation.config
     shared: State = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.shared).items()}
     setup = sum(prod(s) for s in model.shapes(model.frozen).values()) * FP32
@@ -144,10 +154,14 @@ def _traffic(
             sums["payload_up"] += up
             sums["message_down"] += _message_down(
                 node_of(client), client, server_round, config.wire.dtype, down, extra, once, header,
-                _hashable(out.instructions),
+                _hashable({**more, **out.instructions}),
             )  # fmt: skip
             sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up, private)
             replies.append(Reply(client, completed(answer, shared), count, share, 0.0, frozenset(answer)))
+        if not chosen:
+            if ours is not None:
+                ours.send(NOBODY, server_round, shared)
+            replies = [Reply(NOBODY, shared, 1, 1.0, 0.0)]
         if not counted:
             sums = defaultdict(int)
         elif ours is not None:

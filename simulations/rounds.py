@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,14 +21,16 @@ from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_
 from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
 from fedlora.privacy.budget import SITS_OUT
+from fedlora.privacy.statement import SIMULATED
 from simulations import checkpoint
 from simulations.announcements import Capabilities
 from simulations.callbacks import Callback
 from simulations.client_gradients import GradientGrid, ask, summed
+from simulations.client_privacy import client_level
 from simulations.evaluator import Evaluation, Evaluator
 from simulations.exactness import Exactness
 from simulations.run_folder import RunFolder
-from simulations.sampler import cohort
+from simulations.sampler import NOBODY, cohort
 from strategies.base import FederatedStrategy, Server
 
 PHASES: tuple[str, ...] = ("select", "train", "aggregate", "evaluate", "other")
@@ -49,6 +51,7 @@ class FederatedRun:
         self.strategy = strategy
         self.ours = strategy if isinstance(strategy, FederatedStrategy) else None
         self.rounds = self.config.rounds if self.ours is None or self.ours.trains else 0
+        self.client_level = client_level(self.federation, worker.model, strategy)
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         saved = checkpoint.load(folder.checkpoint)
         if saved is None:
@@ -65,6 +68,8 @@ class FederatedRun:
             at, self.ledger = saved
             self.state, self.frozen, self.completed, self.best = at.state, at.frozen, at.round, at.best
             checkpoint.restore_strategy(self.strategy, at.strategy)
+            if self.client_level is not None:
+                self.client_level.load_state_dict(at.privacy)
             delivered, self.sends_frozen, self.epsilons = at.delivered, at.setup, dict(at.epsilons)
             self._known = {client: announced(said, said) for client, said in at.capabilities.items()}
         folder.truncate_rounds(self.completed)
@@ -135,25 +140,42 @@ class FederatedRun:
         with self._clock("select"), collector_paused():
             chosen = cohort(self.config, self.federation.clients, server_round)
             refused = self._failures(server_round, self._capabilities.meet(server_round, chosen), len(chosen))
-            grid.begin_round(server_round, [client for client in chosen if client not in refused])
+            grid.begin_round(server_round, [client for client in chosen if client not in refused] or [NOBODY])
             before = wire.to_record(self.state)
-            messages = self.strategy.configure_train(server_round, before, ConfigRecord(), grid)
+            more = ConfigRecord({} if self.client_level is None else self.client_level.instructions())
+            messages = list(self.strategy.configure_train(server_round, before, more, grid))
             self._tell(lambda c: c.on_round_start(server_round, len(chosen)))
         with self._clock("train"):
-            replies = list(grid.send_and_receive(messages))
+            replies = list(grid.send_and_receive(messages)) if chosen else []
         failures = refused | self._failures(server_round, failed_in(replies, grid), len(replies))
         with self._clock("aggregate"), collector_paused():
             owners = [grid.client_of(reply.metadata.src_node_id) for reply in replies]
             self.epsilons |= spent_by(replies, owners)
-            self._exactness.expect(replies, owners, self.state, self.frozen)
+            if self.client_level is None:
+                self._exactness.expect(replies, owners, self.state, self.frozen)
+            else:
+                whole = self.ours is not None
+                replies = self.client_level.release(server_round, self.state, messages, replies, whole)
             arrays, metrics = self.strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 self.state = wire.from_record(arrays)
                 self._refreeze(self.ours.frozen() if self.ours is not None else {})
-            error = "no replies" if arrays is None else self._exactness.error(self.state, self.frozen)
+            error = self._error(arrays is not None)
         del replies, messages  # no longer held while the round is evaluated
-        loss = None if metrics is None else metrics.get("train_loss")
+        loss = None if metrics is None or not chosen else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
+
+    def _error(self, aggregated: bool) -> float | str:
+        """The aggregation error of the round, or why there is none."""
+        if self.client_level is not None:
+            return "clipped and noisy"
+        return self._exactness.error(self.state, self.frozen) if aggregated else "no replies"
+
+    def _epsilon(self, server_round: int) -> float | None:
+        """What has been spent by the client that has spent most; ``None`` without privacy, or without noise."""
+        if self.client_level is not None:
+            return self.client_level.epsilon(server_round)
+        return max(self.epsilons.values(), default=None)
 
     def _public_gradients(self, state: State) -> State:
         self.evaluator.load(state, self.ours)
@@ -171,8 +193,10 @@ class FederatedRun:
         """Note which clients failed and why; the round cannot go on if all that were ``asked`` did."""
         for client, reason in failed.items():
             self.ledger.refuse(server_round, client, reason)
+        told = nameless(failed) if self.config.privacy.secret_cohort else failed
+        for client, reason in told.items():
             log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
-        broken = {client: reason for client, reason in failed.items() if not reason.startswith(SITS_OUT)}
+        broken = {client: reason for client, reason in told.items() if not reason.startswith(SITS_OUT)}
         if broken and len(failed) == asked:
             client, reason = next(iter(broken.items()))
             kind = InputError if reason.startswith("the loss is") else FedloraError
@@ -210,9 +234,12 @@ class FederatedRun:
             "cohort": list(chosen),
             "failures": failures,
             "seconds": {},
-            "epsilon": max(self.epsilons.values(), default=None),
+            "epsilon": self._epsilon(server_round),
             "epsilon_median": float(np.median(list(self.epsilons.values()))) if self.epsilons else None,
+            "privacy": None if self.config.privacy.name == "none" else SIMULATED,
         }
+        if self.config.privacy.secret_cohort:
+            record |= {"cohort": None, "failures": nameless(failures)}
         self.completed = server_round
         self.seconds["other"] = time.perf_counter() - started - self.seconds["evaluate"] + self._unrecorded
         record["seconds"] = {phase: round(value, 6) for phase, value in self.seconds.items()}
@@ -232,6 +259,7 @@ class FederatedRun:
             frozen=self.frozen,
             setup=self.sends_frozen,
             strategy=checkpoint.strategy_state(self.strategy),
+            privacy={} if self.client_level is None else self.client_level.state_dict(),
             delivered=sorted(self._delivered),
             capabilities={client: announcement(capability) for client, capability in self._known.items()},
             best=self.best,
@@ -274,6 +302,12 @@ def spent_by(replies: Sequence[Message], owners: Sequence[str]) -> dict[str, flo
         o: r.content.metric_records.get("metrics", {}) for o, r in zip(owners, replies, strict=True) if r.has_content()
     }
     return {owner: cast(float, each[EPSILON]) for owner, each in metrics.items() if EPSILON in each}
+
+
+def nameless(failures: Mapping[str, str]) -> dict[str, str]:
+    """Failures without the ids of the clients, where nobody may learn who took part in the round."""
+    reasons = [reason.replace(f"'{client}'", "'?'") for client, reason in failures.items()]
+    return {f"? {number}": reason for number, reason in enumerate(reasons, 1)}
 
 
 def failed_in(replies: Sequence[Message], grid: ClientGrid) -> dict[str, str]:

@@ -9,19 +9,34 @@ import numpy as np
 from fedlora.config import Config
 from fedlora.seeding import numpy_rng
 
+NOBODY = ""
+"""Stands for an empty cohort, as one drawn client by client can be: strategies prepare a message, and none is sent."""
+
 
 def cohort(config: Config, clients: Sequence[str], server_round: int) -> tuple[str, ...]:
-    """The clients of a round, uniformly without replacement, in population order."""
+    """The clients of a round in population order, drawn uniformly without replacement.
+
+    With ``privacy.secret_cohort`` each is drawn for itself, and ``cohort.size`` is the number that is expected: the
+    size of a round varies, and may be 0.
+    """
     size = config.cohort.size
     if size is None or size >= len(clients):
         return tuple(clients)
-    chosen = numpy_rng(config.seed, "cohort", server_round).choice(len(clients), size=size, replace=False)
+    rng = numpy_rng(config.seed, "cohort", server_round)
+    if config.privacy.secret_cohort:
+        joins = rng.random(len(clients)) < size / len(clients)
+        return tuple(client for client, drawn in zip(clients, joins, strict=True) if drawn)
+    chosen = rng.choice(len(clients), size=size, replace=False)
     return tuple(clients[int(i)] for i in np.sort(chosen))
 
 
 def panel(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
-    """Clients whose own test rows are evaluated: those that train in some round, at most ``eval.max_clients``."""
-    seen = sorted({client for r in range(1, config.rounds + 1) for client in cohort(config, clients, r)})
+    """Clients whose own test rows are evaluated: those that train in some round, at most ``eval.max_clients``.
+
+    Where it is secret who trains, all clients.
+    """
+    rounds = 0 if config.privacy.secret_cohort else config.rounds
+    seen = sorted({client for r in range(1, rounds + 1) for client in cohort(config, clients, r)})
     seen = seen or list(clients)
     limit = config.eval.max_clients
     if limit is None or len(seen) <= limit:

@@ -18,6 +18,7 @@ from fedlora.evaluation import main_value, row_statistics
 from fedlora.federation import Federation
 from fedlora.notices import notices
 from simulations.callbacks import Callback, ProgressBar
+from simulations.client_privacy import client_level
 from simulations.engines.build import run_on_engine
 from simulations.engines.choose import settle
 from simulations.engines.pool import Pools
@@ -57,6 +58,7 @@ def start(
     worker = Worker(Federation(config.model_copy(update={"run_dir": str(run_dir)})), folder.store)
     strategy = build_strategy(config.strategy, worker.model)
     _check(worker, strategy)
+    client_level(worker.federation, worker.model, strategy)
     callbacks = [*callbacks, *_trackers(config, folder)]
     reasons = settle(worker, getattr(strategy, "trains", True))
     folder.create(worker.federation.config)
@@ -127,6 +129,8 @@ def _run(
         _log_start(worker, reasons)
         strategy = build_strategy(worker.federation.config.strategy, worker.model)
         run = FederatedRun(worker, strategy, folder, callbacks)
+        if run.client_level is not None:
+            log.info("%s", run.client_level.summary()["statement"])
         run_on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine, pools)
         summary = finish(run, time.perf_counter() - started, merged)
         for callback in callbacks:

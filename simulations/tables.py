@@ -38,7 +38,7 @@ def comparison(summaries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()
         sent = summary["communicates"]
         error = summary["aggregation_error"]
         table.add_row(
-            escape(summary["label"]),
+            _label(summary),
             *([escape(names[number])] if any(names) else []),
             _number(final["metrics"].get(f"validation_{name}")),
             _number(final["metrics"].get(f"test_{name}")),
@@ -75,12 +75,29 @@ def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
     if moved:
         lines.append(f"Validation loss before and after training: {', '.join(moved)}.")
     for summary in summaries:
+        if summary.get("privacy"):
+            lines.append(f"{summary['label']}: {summary['privacy']['statement']}")
         if summary["target"] is not None:
             lines.append(_reached(summary))
     lines.append(f"Peak memory of the process: {human_bytes(max(s['memory']['peak_bytes'] for s in summaries))}.")
     if len(summaries) > 1 and len(seeds) == 1:
         lines.append(f"One seed ({seeds[0]}): a demonstration, not a ranking.")
     return Text("\n".join(lines), style="dim")
+
+
+def _label(item: Mapping[str, Any]) -> str:
+    """The label of a run as a cell; what a private one says of itself is on a line of its own."""
+    return escape(item["label"].replace(", ", "\n", 1))
+
+
+def _spending(item: Mapping[str, Any]) -> str:
+    """What a private run will spend, in one line."""
+    privacy = item["privacy"]
+    epsilon = "no bound" if privacy["epsilon"] is None else f"{privacy['epsilon']:.4g}"
+    return (
+        f"{item['label']}: epsilon = {epsilon}, delta = {privacy['delta']:.2g}, noise multiplier = "
+        f"{privacy['noise_multiplier']:.4g} in {item['rounds']} rounds."
+    )
 
 
 def _reached(summary: Mapping[str, Any]) -> str:
@@ -124,11 +141,12 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for item in items:
-        table.add_row(escape(item["label"]), *(show(item) for show in columns.values()))
-    table.caption = (
+        table.add_row(_label(item), *(show(item) for show in columns.values()))
+    explained = (
         "trained: parameters; up, down: payload; setup: frozen tensors, once or when they change; link: seconds for "
         "all messages; whole run: bytes of all messages of all clients, and the setup in them; simulating: memory here."
     )
+    table.caption = escape("\n".join([*(_spending(item) for item in items if item["privacy"]), explained]))
     table.caption_justify = "left"
     return table
 

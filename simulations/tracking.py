@@ -150,7 +150,7 @@ def tracker_class(name: str) -> type[GeneralTracker]:
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a line of ``rounds.jsonl`` by a path of two parts: ``metrics/test_accuracy``, ``bytes/setup``."""
-    found: dict[str, float] = {"failures": len(record["failures"]), "cohort": len(record["cohort"])}
+    found: dict[str, float] = {"failures": len(record["failures"]), "cohort": len(record["cohort"] or ())}
     for key, value in record.items():
         if key in KINDS:
             found[f"bytes/{key.removesuffix('_bytes')}"] = value
