@@ -287,7 +287,10 @@ class Worker:
             private = {key: state[key] for key in kept if key in state}  # all of them, or those of its own model
             record = ClientRecord(private, job.references, moments)
             self.store.write(job.client, job.server_round, record)
-        metrics = MetricRecord({"num-examples": len(job.member.rows), "train_loss": trained.loss})
+        privacy = self.federation.config.privacy
+        metrics = MetricRecord({"num-examples": len(job.member.rows) if privacy.send_counts else 1})
+        if privacy.send_losses:
+            metrics["train_loss"] = trained.loss
         if self.budget is not None and job.member.privacy is not None:
             records, mechanism = len(job.member.rows), job.member.privacy
             metrics[EPSILON] = self.budget.spent(job.client, records, job.server_round, mechanism)

@@ -182,6 +182,7 @@ class EvalConfig(Settings):
         batch_size: rows of one forward pass.
         max_rows: bound of the global validation and test sets; ``None``: no bound.
         max_clients: how many seen clients' own test rows are evaluated; ``None``: all.
+        min_rows: clients with fewer rows of their own to be evaluated on are in no number of single clients.
         target: a value of the main metric on validation; the summary says when it was reached and at what cost.
         personalise: also train the global model on the rows of every evaluated client for a round, as that client
             would, and evaluate it on the client's own test rows; nothing of it is kept or sent.
@@ -192,6 +193,7 @@ class EvalConfig(Settings):
     batch_size: Count
     max_rows: Count | None
     max_clients: Count | None
+    min_rows: Count = 1
     target: float | None = None
     personalise: bool = False
     samples: Annotated[int, Field(ge=0)] = 0
@@ -228,6 +230,8 @@ class PrivacyConfig(Settings):
         clip: norm that the gradient of a record, or the update of a client, is clipped to.
         accountant: how ``epsilon`` is computed: Renyi (``rdp``) or privacy-loss (``prv``, tighter, slower) accounting.
         rounds: of training that a client spreads its budget over (``record``); ``None``: every round of the run.
+        send_counts: whether clients say how many rows they have; if not, all of them count the same (``record``).
+        send_losses: whether clients send their training loss, which has no noise (``record``).
         clipping: whether ``clip`` stays (``fixed``) or is only the first and follows ``quantile`` (``client``).
         quantile: of the norms of updates that an adaptive ``clip`` moves towards (Andrew et al. 2021).
         noise: who adds it (``client``): the server to the sum, or each of the clients its share before it sends.
@@ -241,6 +245,8 @@ class PrivacyConfig(Settings):
     clip: Annotated[float, Field(gt=0)] | None = None
     accountant: Literal["rdp", "prv"] = "rdp"
     rounds: Count | None = None
+    send_counts: bool = True
+    send_losses: bool = True
     clipping: Literal["fixed", "adaptive"] = "fixed"
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     noise: Literal["server", "clients"] = "server"
@@ -252,6 +258,9 @@ class PrivacyConfig(Settings):
         foreign = [key for key, usual in only.items() if getattr(self, key) != usual]
         if self.name != "client" and foreign:
             raise ValueError(f"privacy.{foreign[0]} is a setting of privacy=client")
+        unused = [key for key in ("send_counts", "send_losses") if not getattr(self, key)]
+        if self.name != "record" and unused:
+            raise ValueError(f"privacy.{unused[0]} is a setting of privacy=record")
         if self.name == "client" and self.rounds is not None:
             raise ValueError(
                 "privacy.rounds is a setting of privacy=record; the draws of a client are known in advance"

@@ -170,14 +170,16 @@ class CodecGrid(GridLayer):
         layout: Callable[[str], wire.Layout],
         answer: Callable[[str, tuple[str, ...]], wire.Layout],
         dtype: str,
+        losses: bool = True,
     ) -> None:
         """Names and shapes: ``layout`` of what goes to a client, ``answer`` of what comes back.
 
-        ``answer`` gets the factors that the client was asked to train, none for all of them.
+        ``answer`` gets the factors that the client was asked to train, none for all of them. ``losses``: whether a
+        reply must have the training loss.
         """
         super().__init__(inner)
         self.layout, self.answer = layout, answer
-        self.dtype = dtype
+        self.dtype, self.losses = dtype, losses
         self._packed: dict[tuple[Any, ...], tuple[ArrayRecord, ArrayRecord]] = {}
         self._sent = 0
 
@@ -209,7 +211,7 @@ class CodecGrid(GridLayer):
             return reply
         content = RecordDict(dict(reply.content))
         try:
-            _check_metrics(content)
+            _check_metrics(content, self.losses)
             if "arrays" in request.content or "arrays" in content:
                 state = self._unpack(request, content)
                 content["arrays"] = wire.TensorRecord(state)
@@ -246,11 +248,11 @@ def parts_of(instructions: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(part) for part in instructions.get("train", ()))
 
 
-def _check_metrics(content: RecordDict) -> None:
-    """Refuse a reply without a number of examples that can be a weight, or without a finite loss."""
+def _check_metrics(content: RecordDict, losses: bool) -> None:
+    """Refuse a reply without a number of examples that can be a weight, or without a finite loss it must have."""
     record = content.get("metrics")
     metrics = record if isinstance(record, MetricRecord) else {}
-    examples, loss = metrics.get("num-examples"), metrics.get("train_loss")
+    examples, loss = metrics.get("num-examples"), metrics.get("train_loss", None if losses else 0.0)
     if not isinstance(examples, int) or examples < 1:
         raise FedloraError(f"num-examples is {examples!r}, not a positive integer")
     if not isinstance(loss, int | float) or not math.isfinite(loss):

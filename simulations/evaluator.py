@@ -169,8 +169,12 @@ class Evaluator:
         return Evaluation(metrics, self._over(seen), self._over(unseen), each={"seen": seen, "unseen": unseen})
 
     def _each(self, statistics: Mapping[str, Statistics]) -> EachClient:
-        metrics = each_client(self.worker.federation.task, statistics)
-        return {c: {"rows": len(next(iter(statistics[c].values()))), **found} for c, found in metrics.items()}
+        """Metrics of every client that has ``eval.min_rows`` rows."""
+        rows = {client: len(next(iter(found.values()))) for client, found in statistics.items()}
+        least = self.worker.federation.config.eval.min_rows
+        enough = {client: found for client, found in statistics.items() if rows[client] >= least}
+        metrics = each_client(self.worker.federation.task, enough)
+        return {client: {"rows": rows[client], **found} for client, found in metrics.items()}
 
     def _over(self, each: EachClient) -> dict[str, float] | None:
         return client_metrics(self.worker.federation.task, each) if each else None

@@ -16,6 +16,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
 from fedlora.model import AdaptedModel
+from fedlora.privacy.outlook import record_privacy
 from fedlora.privacy.statement import private_label
 from simulations import checkpoint
 from simulations.compose import own_pair
@@ -49,7 +50,7 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
         shared = {key: value.clone() for key, value in run.state.items()}
         save_file(shared, folder.path / "shared.safetensors")
     run.ledger.write(folder.ledger_file, names=not config.privacy.secret_cohort)
-    privacy = None if run.client_level is None else run.client_level.summary()
+    privacy = _privacy(run)
     if privacy is not None:
         _mark(folder, privacy["statement"])
     errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
@@ -89,6 +90,13 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     write_atomically(folder.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     checkpoint.remove(folder.checkpoint)
     return summary
+
+
+def _privacy(run: FederatedRun) -> dict[str, Any] | None:
+    """What a private run has spent, and on what."""
+    if run.config.privacy.name == "record":
+        return record_privacy(run.federation, max(run.epsilons.values(), default=0.0))
+    return None if run.client_level is None else run.client_level.summary()
 
 
 def _mark(folder: RunFolder, statement: str) -> None:

@@ -32,6 +32,7 @@ from fedlora.model import AdaptedModel
 from fedlora.personal.model import PersonalModel
 from fedlora.personal.work import flops_per_token
 from fedlora.plugins import load_object
+from fedlora.privacy.outlook import record_privacy
 from fedlora.ranks import crop
 from fedlora.training import steps_for
 from simulations.client_privacy import client_level
@@ -59,6 +60,7 @@ def plan_run(config: Config) -> dict[str, Any]:
     model = federation.build_meta_model()
     strategy = build_strategy(config.strategy, model)
     private = client_level(federation, model, strategy)
+    planned = record_privacy(federation) if config.privacy.name == "record" else None
     ours = strategy if isinstance(strategy, FederatedStrategy) else None
     rounds = config.rounds if ours is None or ours.trains else 0
     trainable = _trainable(federation, model)
@@ -87,7 +89,7 @@ def plan_run(config: Config) -> dict[str, Any]:
         "per_round": traffic["per_round"],
         "client_memory_bytes": weights_held + step,
         "run_memory_bytes": predicted_peak(federation, model, weights_held, step),
-        "privacy": None if private is None else private.summary(),
+        "privacy": private.summary() if private is not None else planned,
         "client_flops_per_round": _client_flops(federation, model) if rounds else 0,
     }
 
@@ -113,7 +115,8 @@ def _traffic(
     per_round: list[dict[str, int]] = []
     total: dict[str, int] = defaultdict(int)
     counted = ours is None or ours.communicates
-    private = config.privacy.name == "record"
+    metrics = {"train_loss": config.privacy.send_losses, EPSILON: config.privacy.name == "record"}
+    reported = tuple(name for name, sent in metrics.items() if sent)
     if ours is not None:
         frozen = {key: torch.empty(s, device="meta") for key, s in model.shapes(model.frozen).items()}
         ours.begin_run(Server(frozen, lambda state: federation.public_gradients(model), federation.capability))
@@ -127,7 +130,8 @@ def _traffic(
             total["message_up"] += _reply(node_of(client), RecordDict({"setup": _blank("fp32", size)}))
     for server_round in range(1, rounds + 1):
         chosen = cohort(config, federation.clients, server_round)
-        examples = [len(federation.index.train[client]) for client in chosen]
+        counted_rows = config.privacy.send_counts
+        examples = [len(federation.index.train[client]) if counted_rows else 1 for client in chosen]
         sums: dict[str, int] = defaultdict(int)
         replies = []
         for client, count, share in zip(chosen, examples, weights(examples, "examples"), strict=True):
@@ -156,7 +160,7 @@ def _traffic(
                 node_of(client), client, server_round, config.wire.dtype, down, extra, once, header,
                 _hashable({**more, **out.instructions}),
             )  # fmt: skip
-            sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up, private)
+            sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up, reported)
             replies.append(Reply(client, completed(answer, shared), count, share, 0.0, frozenset(answer)))
         if not chosen:
             if ours is not None:
@@ -203,9 +207,9 @@ def _message_down(
 
 
 @lru_cache(maxsize=4096)
-def _message_up(node: int, examples: int, dtype: str, arrays: int, private: bool) -> int:
-    """Length of the reply of a client that trained; a ``private`` one says what it has spent."""
-    metrics = MetricRecord({"num-examples": examples, "train_loss": 0.5, **({EPSILON: 0.5} if private else {})})
+def _message_up(node: int, examples: int, dtype: str, arrays: int, said: tuple[str, ...]) -> int:
+    """Length of the reply of a client that trained, with these metrics beside its number of examples."""
+    metrics = MetricRecord({"num-examples": examples, **dict.fromkeys(said, 0.5)})
     return _reply(node, RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}))
 
 

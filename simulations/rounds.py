@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any, cast
 
-import numpy as np
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
 
@@ -92,7 +93,8 @@ class FederatedRun:
         self._setup = SetupGrid(self._metered(engine), self.frozen if self.sends_frozen else {}, self._delivered)
         self._delivered = self._setup.delivered
         layouts = Layouts(self.worker.model, self._capabilities.of)
-        return CodecGrid(self._setup, layouts.down, layouts.up, self.config.wire.dtype)
+        losses = self.config.privacy.send_losses
+        return CodecGrid(self._setup, layouts.down, layouts.up, self.config.wire.dtype, losses)
 
     def _metered(self, engine: ClientGrid) -> ClientGrid:
         return MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
@@ -175,7 +177,7 @@ class FederatedRun:
         """What has been spent by the client that has spent most; ``None`` without privacy, or without noise."""
         if self.client_level is not None:
             return self.client_level.epsilon(server_round)
-        return max(self.epsilons.values(), default=None)
+        return finite(max(self.epsilons.values(), default=math.inf))
 
     def _public_gradients(self, state: State) -> State:
         self.evaluator.load(state, self.ours)
@@ -235,7 +237,7 @@ class FederatedRun:
             "failures": failures,
             "seconds": {},
             "epsilon": self._epsilon(server_round),
-            "epsilon_median": float(np.median(list(self.epsilons.values()))) if self.epsilons else None,
+            "epsilon_median": finite(median(self.epsilons.values())) if self.epsilons else None,
             "privacy": None if self.config.privacy.name == "none" else SIMULATED,
         }
         if self.config.privacy.secret_cohort:
@@ -294,6 +296,11 @@ class FederatedRun:
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
+
+
+def finite(epsilon: float) -> float | None:
+    """``epsilon``, or ``None`` where there is no bound."""
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def spent_by(replies: Sequence[Message], owners: Sequence[str]) -> dict[str, float]:

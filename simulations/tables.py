@@ -93,11 +93,19 @@ def _label(item: Mapping[str, Any]) -> str:
 def _spending(item: Mapping[str, Any]) -> str:
     """What a private run will spend, in one line."""
     privacy = item["privacy"]
-    epsilon = "no bound" if privacy["epsilon"] is None else f"{privacy['epsilon']:.4g}"
-    return (
-        f"{item['label']}: epsilon = {epsilon}, delta = {privacy['delta']:.2g}, noise multiplier = "
-        f"{privacy['noise_multiplier']:.4g} in {item['rounds']} rounds."
-    )
+    said = f"{item['label']}: epsilon = {_bound(privacy['epsilon'])}, delta = {privacy['delta']:.2g}"
+    if "clients" not in privacy:
+        return f"{said}, noise multiplier = {privacy['noise_multiplier']:.4g} in {item['rounds']} rounds."
+    clients = [
+        f"a client with {client['rows']} rows: noise multiplier {client['noise_multiplier']:.3g}, {client['steps']} "
+        f"steps at sample rate {client['sample_rate']:.3g}"
+        for client in privacy["clients"]
+    ]
+    return f"{said}; {'; '.join(clients)}."
+
+
+def _bound(epsilon: float | None) -> str:
+    return "no bound" if epsilon is None else f"{epsilon:.4g}"
 
 
 def _reached(summary: Mapping[str, Any]) -> str:
@@ -141,7 +149,8 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for item in items:
-        table.add_row(_label(item), *(show(item) for show in columns.values()))
+        name = escape(item["label"].partition(", ")[0])  # what a private plan says of itself is in the caption
+        table.add_row(name, *(show(item) for show in columns.values()))
     explained = (
         "trained: parameters; up, down: payload; setup: frozen tensors, once or when they change; link: seconds for "
         "all messages; whole run: bytes of all messages of all clients, and the setup in them; simulating: memory here."

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Reply:
         state: its shared tensors after training, fp32; what it did not train is as it was sent.
         examples: rows it trained on.
         weight: its share p_k of the aggregate; the weights of a round sum to 1.
-        loss: its mean training loss.
+        loss: its mean training loss; not a number where it keeps that for itself.
         trained: the keys of ``state`` that it trained and sent; ``None``: all.
     """
 
@@ -233,7 +234,8 @@ class FederatedStrategy(Strategy):
             return None, None
         state = self.fold(server_round, self._state, usable)
         loss = sum(reply.weight * reply.loss for reply in usable)
-        return wire.to_record(state) if state else None, MetricRecord({"train_loss": loss})
+        metrics = MetricRecord({} if math.isnan(loss) else {"train_loss": loss})
+        return wire.to_record(state) if state else None, metrics
 
     def replies(self, messages: Iterable[Message]) -> list[Reply]:
         """Usable messages as :class:`Reply`, with weights by examples or uniform."""
@@ -247,7 +249,7 @@ class FederatedStrategy(Strategy):
                 state=self._received(content),
                 examples=count,
                 weight=share,
-                loss=float(cast(float, record["train_loss"])),
+                loss=float(cast(float, record.get("train_loss", math.nan))),
                 trained=frozenset(content["arrays"]) if "arrays" in content else None,
             )
             for (message, content), record, count, share in zip(contents, metrics, examples, shares, strict=True)

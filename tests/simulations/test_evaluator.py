@@ -79,6 +79,21 @@ def test_the_statistics_of_the_summary_are_those_of_the_clients_in_the_run_folde
     assert summary["final"]["metrics"]["seen_accuracy"] == pytest.approx(pooled)
 
 
+def test_clients_with_few_rows_are_in_no_number_of_single_clients(tiny: Compose, tmp_path: Path) -> None:
+    start(tiny("method=ffa"), tmp_path / "all")
+    whole = pd.read_parquet(tmp_path / "all" / "clients.parquet")
+    least = int(whole["rows"].median())
+    summary = start(tiny("method=ffa", f"eval.min_rows={least}"), tmp_path / "few")
+    found = pd.read_parquet(tmp_path / "few" / "clients.parquet")
+    expected = whole[whole["rows"] >= least].reset_index(drop=True)
+    assert 0 < len(expected) < len(whole)
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), expected)
+    seen = found[found["kind"] == "seen"]["accuracy"]
+    assert summary["final"]["clients"]["mean"] == pytest.approx(seen.mean())
+    nobody = start(tiny("method=ffa", "eval.min_rows=1000"), tmp_path / "nobody")
+    assert nobody["final"]["clients"] is None
+
+
 def test_bounded_rows_bound_the_unseen_clients_too(tiny: Compose, tmp_path: Path) -> None:
     worker = Worker(Federation(tiny("eval.max_rows=7")), ClientStore(tmp_path))
     evaluator = Evaluator(worker, worker.seeded_frozen)

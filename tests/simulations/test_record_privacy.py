@@ -14,7 +14,7 @@ from fedlora.privacy.accounting import Steps, default_delta, epsilon_of
 from simulations.plan import plan_run
 from simulations.simulate import resume, start
 from tests.conftest import Compose
-from tests.simulations.test_cohort import assert_engines_agree
+from tests.simulations.test_cohort import assert_engines_agree, states
 from tests.simulations.test_resume import KillAt, Killed, assert_same_run
 from tests.simulations.test_rounds import rounds_of
 
@@ -85,6 +85,39 @@ def test_clients_without_budget_sit_out_and_the_run_goes_on(tiny: Compose, tmp_p
     assert summary["rounds"] == 4
     ledger = pd.read_parquet(tmp_path / "run" / "ledger.parquet")
     assert all("sits out" in reason for reason in ledger.query("round == 4 and direction == 'up'")["status"])
+
+
+def test_counts_and_losses_stay_at_the_client_if_asked(tiny: Compose, tmp_path: Path) -> None:
+    silent = ["privacy.send_counts=false", "privacy.send_losses=false"]
+    config = tiny(*PRIVATE, "method=ffa", *silent)
+    plan, summary = plan_run(config), start(config, tmp_path / "silent")
+    assert plan["total_bytes"] == summary["totals"]["message_up"] + summary["totals"]["message_down"]
+    assert rounds_of(tmp_path / "silent")[-1]["loss"] is None
+    start(tiny(*PRIVATE, "method=ffa", "strategy.weighting=uniform"), tmp_path / "uniform")
+    one, two = states(tmp_path / "silent"), states(tmp_path / "uniform")
+    assert all(one[key].equal(two[key]) for key in one)
+    with pytest.raises(InputError, match=r"privacy\.send_losses is a setting of privacy=record"):
+        tiny("+privacy.send_losses=false")
+
+
+def test_every_output_says_that_nothing_was_private(tiny: Compose, tmp_path: Path) -> None:
+    config = tiny(*PRIVATE, "method=ffa", "privacy.epsilon=5", "cohort.size=null")
+    plan, summary = plan_run(config), start(config, tmp_path / "run")
+    assert plan["privacy"]["epsilon"] == pytest.approx(5, abs=0.05)
+    assert summary["privacy"]["epsilon"] == pytest.approx(5, abs=0.05)
+    fewest, most = plan["privacy"]["clients"]
+    assert fewest["rows"] < most["rows"]
+    assert fewest["noise_multiplier"] > most["noise_multiplier"]  # whose rows are drawn less often
+    assert summary["privacy"]["simulated"]
+    for text in (summary["privacy"]["statement"], summary["label"], rounds_of(tmp_path / "run")[1]["privacy"]):
+        assert "simulated, not private" in text
+
+
+def test_without_noise_there_is_no_epsilon(tiny: Compose, tmp_path: Path) -> None:
+    summary = start(tiny(*PRIVATE, "privacy.epsilon=null", "privacy.noise_multiplier=0"), tmp_path / "run")
+    assert summary["privacy"]["epsilon"] is None
+    assert "No noise was added" in summary["privacy"]["statement"]
+    assert rounds_of(tmp_path / "run")[-1]["epsilon"] is None
 
 
 @pytest.mark.parametrize("method", ["ffa", "fed_sb", "fedex"])
