@@ -167,14 +167,17 @@ def test_the_ranks_of_ravans_tables_have_equal_budgets(
 
 
 def sweep(experiment: str) -> dict[str, dict[str, Any]]:
-    """The plan of every method that an experiment compares."""
+    """The plan of every method that an experiment compares and that sends something."""
     values = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
     methods = values["hydra"]["sweeper"]["params"]["method"].split(",")
-    return {method: plan_run(compose_config([f"experiment={experiment}", f"method={method}"])) for method in methods}
+    plans = {method: plan_run(compose_config([f"experiment={experiment}", f"method={method}"])) for method in methods}
+    return {method: planned for method, planned in plans.items() if planned["upload_params"]}
 
 
-def test_methods_of_matched_budget_train_as_many_numbers_as_lora_of_rank_8() -> None:
-    plans = sweep("matched_budget")
+@pytest.mark.parametrize(("experiment", "methods"), [("matched_budget", 5), ("compare", 6)])
+def test_methods_of_matched_budget_train_as_many_numbers_as_lora_of_rank_8(experiment: str, methods: int) -> None:
+    plans = sweep(experiment)
+    assert len(plans) == methods
     lora = plans["fedit"]["trainable_params"]
     assert lora == 12 * 8 * (384 + 384) + 384 * 2 + 2
     for method, planned in plans.items():
@@ -182,11 +185,15 @@ def test_methods_of_matched_budget_train_as_many_numbers_as_lora_of_rank_8() -> 
         assert planned["upload_params"] == pytest.approx(lora, rel=0.01), method
 
 
-def test_methods_of_matched_bytes_send_as_much_as_fedit_of_rank_8_in_the_whole_run() -> None:
+@pytest.mark.parametrize(("experiment", "methods"), [("matched_bytes", 4), ("compare_bytes", 5)])
+def test_methods_of_matched_bytes_send_as_much_as_fedit_of_rank_8_in_the_whole_run(
+    experiment: str, methods: int
+) -> None:
     sizes = {
         method: planned["payload_up"] + planned["payload_down"] + planned["setup_bytes"]
-        for method, planned in sweep("matched_bytes").items()
+        for method, planned in sweep(experiment).items()
     }
+    assert len(sizes) == methods
     for method, size in sizes.items():
         assert size == pytest.approx(sizes["fedit"], rel=0.03), method
 

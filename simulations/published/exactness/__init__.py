@@ -1,0 +1,1 @@
+"""Exact against approximate aggregation."""
