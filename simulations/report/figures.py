@@ -8,6 +8,7 @@ from simulations.report.canvas import Picture, Styles, blank, label, row_label, 
 from simulations.report.clients import clients
 from simulations.report.comparisons import differences, sensitivity
 from simulations.report.load import Section
+from simulations.report.privacy import epsilon
 from simulations.report.style import GREY, PHASES
 from simulations.report.summary import front, gap_closed, over_seeds
 from simulations.tables import human_bytes
@@ -157,6 +158,13 @@ PICTURES: tuple[Picture, ...] = (
         "Up and left is better. The line is the Pareto front of means over seeds: no method beats one on it in both "
         "bytes and score. Pale methods are dominated. Small marks are single seeds, bars one standard deviation.",
         pareto,
+    ),
+    Picture(
+        "epsilon", "Quality against privacy",
+        "Up and left is better: less may be found out, at a better score. Mean over seeds, whiskers one standard "
+        "deviation. Simulated, not private: a deployment with these settings would have this epsilon, and its delta is "
+        "in each run's summary. What epsilon does not cover (tuning, metrics, counts) is in the documentation.",
+        epsilon,
     ),
     Picture(
         "differences", "Differences from a reference",

@@ -53,7 +53,8 @@ class Section:
         title: data, partition, task and backbone.
         metric: the main metric; larger is better.
         split: the key of :data:`SPLITS` whose rows the scores are taken on.
-        runs: one row a run: ``method``, ``reference``, ``seed``, ``score``, bytes, seconds and clients' statistics.
+        runs: one row a run: ``method``, ``reference``, ``seed``, ``score``, ``epsilon`` and the ``unit`` that it is of,
+            bytes, seconds and clients' statistics.
         rounds: one row a run and round: ``score``, ``loss``, ``bytes`` sent so far, ``aggregation_error``.
         clients: one row a run and seen client: ``value`` of the metric on its ``rows`` test rows; older runs have none.
         tuning: one row a method of a tuned sweep and value of the ``setting``: its validation ``result``, and whether
@@ -233,6 +234,7 @@ def _row(run: Run, name: str, split: str) -> dict[str, Any]:
     summary = run.summary
     final, metric, totals = summary["final"], summary["main_metric"], summary["totals"]
     clients, error = final["clients"] or {}, summary["aggregation_error"] or {}
+    privacy = summary.get("privacy") or {}  # of older runs, none
     return {
         "method": name,
         "reference": not summary["communicates"],
@@ -242,6 +244,8 @@ def _row(run: Run, name: str, split: str) -> dict[str, Any]:
         "score": _number(final["metrics"].get(f"{split}_{metric}")),
         **{each: _number(final["metrics"].get(f"{each}_{metric}")) for each in SPLITS},
         **{f"clients_{key}": _number(clients.get(key)) for key in ("mean", "std", "worst_decile", "worst")},
+        "unit": privacy.get("unit", ""),
+        "epsilon": _number(privacy.get("epsilon")),
         "bytes": totals["message_up"] + totals["message_down"],
         "up_per_round": summary["per_round"]["payload_up"],
         "down_per_round": summary["per_round"]["payload_down"],
