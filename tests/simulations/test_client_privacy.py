@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import chi2
+from scipy.stats import norm as normal
 
 from fedlora.client import Worker
 from fedlora.config import Config
@@ -20,6 +23,7 @@ from simulations import tables
 from simulations.forget import forget
 from simulations.plan import plan_run
 from simulations.report import Report
+from simulations.sampler import cohort
 from simulations.simulate import resume, start
 from tests.conftest import Compose
 from tests.simulations.test_resume import KillAt, Killed, assert_same_run
@@ -191,6 +195,15 @@ def test_a_secret_cohort_is_in_no_output(tiny: Compose, tmp_path: Path, monkeypa
     assert summary["clients"]["evaluated"] >= summary["clients"]["population"] - 1
 
 
+def test_coins_of_a_secret_cohort_are_independent_and_have_the_rate_that_is_accounted_for(tiny: Compose) -> None:
+    config, clients = private(tiny, "ffa", "secret", "cohort.size=3"), [f"c{number}" for number in range(9)]
+    joins = np.array([[c in cohort(config, clients, r) for c in clients] for r in range(1, 4001)], dtype=float)
+    bound = normal.ppf(1 - 1e-6) / np.sqrt(4000)
+    assert np.abs(joins.mean(0) - 3 / 9).max() < bound * np.sqrt(3 / 9 * 6 / 9)
+    correlation = np.corrcoef(joins.T) - np.eye(9)  # -1 / 8 if the size were fixed
+    assert np.abs(correlation).max() < bound
+
+
 def test_rounds_of_a_secret_cohort_vary_in_size_and_may_be_empty(tiny: Compose, tmp_path: Path) -> None:
     start(private(tiny, "FedAvgM", "secret", "seed=2", "rounds=10", "eval.every=10"), tmp_path / "run")
     ups = pd.read_parquet(tmp_path / "run" / "ledger.parquet").query("direction == 'up'").groupby("round").size()
@@ -215,6 +228,30 @@ def test_nobody_is_forgotten_by_using_their_rows_again(tiny: Compose, tmp_path: 
     start(private(tiny), tmp_path / "run")
     with pytest.raises(InputError, match=r"was run with privacy=client, and to forget a client its rows"):
         forget(tmp_path / "run", "site 01")
+
+
+@pytest.mark.parametrize("failing", [[], ["site 01", "site 03", "site 06"]])
+@pytest.mark.parametrize("noise", ["server", "clients"])
+def test_the_model_of_a_round_has_the_noise_that_is_accounted_for(
+    tiny: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: str, failing: list[str]
+) -> None:
+    handle = Worker.handle
+
+    def some_fail(self: Worker, message: Any) -> Any:
+        if str(message.content.config_records["config"]["client-id"]) in failing:
+            raise FedloraError("it is switched off")
+        return handle(self, message)
+
+    monkeypatch.setattr(Worker, "handle", some_fail)
+    still = ["client.lr=1e-9", "cohort.size=null", "rounds=1", "adapter.target_modules=all-linear"]
+    summary = start(private(tiny, "ffa", "fixed", *still, f"privacy.noise={noise}"), tmp_path / "run")
+    start(tiny("method=ffa", *still), tmp_path / "start")
+    assert summary["failures"] == len(failing)
+    one, two = state_of(tmp_path / "run"), state_of(tmp_path / "start")
+    found = torch.cat([(one[key] - two[key]).double().flatten() for key in one if "lora_B" in key])
+    expected = summary["privacy"]["noise_multiplier"] * 0.1 / summary["clients"]["population"]
+    statistic, freedom = float(found.square().sum()) / expected**2, found.numel()
+    assert chi2.ppf(1e-6, freedom) < statistic < chi2.ppf(1 - 1e-6, freedom)
 
 
 def test_another_seed_draws_other_noise(tiny: Compose, tmp_path: Path) -> None:
