@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+
+import numpy as np
 
 Accountant = Literal["rdp", "prv"]
 
@@ -51,8 +54,7 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, name: 
 
     accountant = create_accountant(mechanism=name)
     accountant.history = list(history)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
+    with _quiet():
         return float(accountant.get_epsilon(delta=delta))
 
 
@@ -65,8 +67,7 @@ def solved_noise(epsilon: float, delta: float, sample_rate: float, steps: int, a
     """
     from opacus.accountants.utils import get_noise_multiplier
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
+    with _quiet():
         return float(
             get_noise_multiplier(
                 target_epsilon=epsilon,
@@ -82,3 +83,11 @@ def solved_noise(epsilon: float, delta: float, sample_rate: float, steps: int, a
 def default_delta(records: int) -> float:
     """1 / N^1.1, below the 1 / N at which one record could be published outright."""
     return max(records, 2) ** -1.1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of Opacus that leave epsilon right: of orders, and of log(0) at a sample rate of 1."""
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):
+        warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -30,6 +31,17 @@ def test_epsilon_equals_opacus_at_once_and_round_by_round(
     rounds = [Steps(noise, rate, steps // 10)] * 10
     assert epsilon_of(rounds, delta, name) == pytest.approx(stock.get_epsilon(delta), abs=1e-9)
     assert epsilon_of([Steps(noise, rate, steps)], delta, name) == pytest.approx(epsilon, abs=1e-2)
+
+
+def test_a_client_of_one_batch_has_the_epsilon_of_the_gaussian_mechanism() -> None:
+    """Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu) = delta (Balle and Wang 2018, theorem 8)."""
+    phi = NormalDist().cdf
+    for noise, delta in ((1.0, 1e-2), (2.0, 1e-3)):
+        epsilon = epsilon_of([Steps(noise, 1.0, 1)], delta, "prv")
+        exact = phi(0.5 / noise - epsilon * noise) - math.exp(epsilon) * phi(-0.5 / noise - epsilon * noise)
+        assert exact == pytest.approx(delta, rel=0.1)  # epsilon is rounded up by 0.01
+        assert exact <= delta
+        assert epsilon_of([Steps(noise, 1.0, 1)], delta, "rdp") > epsilon
 
 
 def test_different_rounds_are_composed_in_any_order() -> None:
