@@ -62,7 +62,7 @@ def private_gradients(
         gradients, found = cohort_gradients(model, axis, task, encoded, each, np.split(rows[places], len(places)), 1)
         losses.index_add_(0, owner, found)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-        scale = (clips[owner] / (norms + 1e-6)).clamp(max=1.0)
+        scale = shrinkage(norms, clips[owner])
         for key, gradient in gradients.items():
             sums[key].index_add_(0, owner, gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1))))
     for total in sums.values():
@@ -70,3 +70,8 @@ def private_gradients(
             noise = draw.normal(total.shape[1:], mechanism.noise_multiplier * mechanism.clip)
             total[client].add_(noise.to(device)).div_(mechanism.batch)
     return sums, losses / torch.tensor([len(batch) for batch in batches], device=device)
+
+
+def shrinkage(norms: Tensor, clips: Tensor) -> Tensor:
+    """The factors ``[records]`` that bring gradients of these norms to the clip of their client, or leave them."""
+    return (clips / (norms + 1e-6)).clamp(max=1.0)
