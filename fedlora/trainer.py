@@ -18,6 +18,7 @@ from fedlora.config import ClientConfig
 from fedlora.encoded import EncodedRows
 from fedlora.model import AdaptedModel
 from fedlora.packing import differs
+from fedlora.privacy.canary import Canary
 from fedlora.tasks import Task
 from fedlora.training import training_mode
 
@@ -54,6 +55,7 @@ class Trainer:
         self.axis: ClientAxis | None = None
         self.reason: str | None = "the engine trains one client after the other"
         self.halved = 0
+        self._watched = False
 
     def share_steps(self, sample: np.ndarray) -> None:
         """Train cohorts in common steps from now on, if every trained layer has a client axis.
@@ -71,7 +73,20 @@ class Trainer:
         self.model.set_base_correction(frozen.correction)
 
     def train(self, members: Sequence[Member]) -> list[Trained]:
-        """Train ``members``, in common steps if possible; a cohort that does not fit the memory is cut in two."""
+        """Train ``members``, in common steps if possible; a cohort that does not fit the memory is cut in two.
+
+        Raises:
+            FedloraError: the first private training has not moved what is trained, or has moved something else.
+        """
+        if self._watched or members[0].privacy is None:
+            return self._train(members)
+        canary = Canary(self.model)
+        trained = self._train(members)
+        canary.check(members, trained)
+        self._watched = True
+        return trained
+
+    def _train(self, members: Sequence[Member]) -> list[Trained]:
         if self.axis is None:
             return [train_alone(self.model, self.task, self.rows, self.settings, member) for member in members]
         try:
@@ -88,7 +103,7 @@ class Trainer:
         middle = len(ordered) // 2
         trained: dict[int, Trained] = {}
         for half in (ordered[:middle], ordered[middle:]):
-            trained.update(zip(half, self.train([members[i] for i in half]), strict=True))
+            trained.update(zip(half, self._train([members[i] for i in half]), strict=True))
         return [trained[i] for i in range(len(members))]
 
 
