@@ -6,7 +6,9 @@ import math
 from statistics import NormalDist
 from typing import Any
 
+import dp_accounting
 import pytest
+from dp_accounting import pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
@@ -42,6 +44,17 @@ def test_a_client_of_one_batch_has_the_epsilon_of_the_gaussian_mechanism() -> No
         assert exact == pytest.approx(delta, rel=0.1)  # epsilon is rounded up by 0.01
         assert exact <= delta
         assert epsilon_of([Steps(noise, 1.0, 1)], delta, "rdp") > epsilon
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps", "delta"), [(1.0, 0.01, 1000, 1e-5), (1.3, 0.1, 120, 1e-4)])
+def test_epsilon_equals_dp_accounting(noise: float, rate: float, steps: int, delta: float) -> None:
+    step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+    event = dp_accounting.SelfComposedDpEvent(step, steps)
+    ours = [Steps(noise, rate, steps // 4)] * 4
+    renyi = rdp.RdpAccountant().compose(event).get_epsilon(delta)
+    assert epsilon_of(ours, delta, "rdp") == pytest.approx(renyi, abs=1e-2)
+    loss = pld.PLDAccountant().compose(event).get_epsilon(delta)
+    assert loss <= epsilon_of(ours, delta, "prv") <= loss + 0.012  # an upper bound with an allowance of 0.01
 
 
 def test_different_rounds_are_composed_in_any_order() -> None:

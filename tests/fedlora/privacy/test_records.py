@@ -62,11 +62,11 @@ def by_hand(worker: Worker, state: dict[str, Tensor], rows: np.ndarray, mechanis
     return {key: value / mechanism.batch for key, value in sums.items()}
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("setting", [*(f"method={method}" for method in ADAPTERS), "adapter=dora"])
 def test_gradients_of_a_cohort_are_the_clipped_sums_of_single_records(
-    worker: Callable[..., Worker], method: str
+    worker: Callable[..., Worker], setting: str
 ) -> None:
-    ours = worker(f"method={method}")
+    ours = worker(setting)
     assert ours.share_steps() is None
     axis = ours.trainer.axis
     assert axis is not None
