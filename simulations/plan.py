@@ -60,9 +60,9 @@ def plan_run(config: Config) -> dict[str, Any]:
     model = federation.build_meta_model()
     strategy = build_strategy(config.strategy, model)
     private = client_level(federation, model, strategy)
-    planned = record_privacy(federation) if config.privacy.name == "record" else None
     ours = strategy if isinstance(strategy, FederatedStrategy) else None
     rounds = config.rounds if ours is None or ours.trains else 0
+    planned = record_privacy(federation) if config.privacy.name == "record" and rounds else None
     trainable = _trainable(federation, model)
     traffic = _traffic(federation, model, ours, rounds, {} if private is None else private.instructions())
     messages = max(traffic["clients"], 1)

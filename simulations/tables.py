@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fedlora.privacy.statement import SIMULATED
+
 
 def console() -> Console:
     """Standard output; a file or pipe is 140 columns wide, so that no table is cut."""
@@ -90,18 +92,25 @@ def _label(item: Mapping[str, Any]) -> str:
     return escape(item["label"].replace(", ", "\n", 1))
 
 
-def _spending(item: Mapping[str, Any]) -> str:
-    """What a private run will spend, in one line."""
-    privacy = item["privacy"]
-    said = f"{item['label']}: epsilon = {_bound(privacy['epsilon'])}, delta = {privacy['delta']:.2g}"
+def _spending(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What private runs will spend, in one line for all that spend alike."""
+    alike: dict[str, list[str]] = {}
+    for item in items:
+        if privacy := item["privacy"]:
+            said = f"epsilon = {_bound(privacy['epsilon'])}, delta = {privacy['delta']:.2g}{_mechanism(item, privacy)}"
+            alike.setdefault(said, []).append(item["label"].partition(", ")[0])
+    return [f"{', '.join(labels)} ({SIMULATED}): {said}." for said, labels in alike.items()]
+
+
+def _mechanism(item: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
     if "clients" not in privacy:
-        return f"{said}, noise multiplier = {privacy['noise_multiplier']:.4g} in {item['rounds']} rounds."
+        return f", noise multiplier = {privacy['noise_multiplier']:.4g} in {item['rounds']} rounds"
     clients = [
         f"a client with {client['rows']} rows: noise multiplier {client['noise_multiplier']:.3g}, {client['steps']} "
         f"steps at sample rate {client['sample_rate']:.3g}"
         for client in privacy["clients"]
     ]
-    return f"{said}; {'; '.join(clients)}."
+    return f"; {'; '.join(clients)}"
 
 
 def _bound(epsilon: float | None) -> str:
@@ -155,7 +164,7 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
         "trained: parameters; up, down: payload; setup: frozen tensors, once or when they change; link: seconds for "
         "all messages; whole run: bytes of all messages of all clients, and the setup in them; simulating: memory here."
     )
-    table.caption = escape("\n".join([*(_spending(item) for item in items if item["privacy"]), explained]))
+    table.caption = escape("\n".join([*_spending(items), explained]))
     table.caption_justify = "left"
     return table
 

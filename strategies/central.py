@@ -1,6 +1,7 @@
 """Baseline: train one model on the pooled rows of the clients that a federated method would have asked.
 
-It sees the same rows as often as the federated methods do, so the gap to them is the price of federation.
+With ``client.local_epochs`` it sees the same rows as often as the federated methods do, so the gap to them is the price
+of federation; with ``client.local_steps`` it takes that many steps on the pool, and needs more of them to do so.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, name: 
     accountant = create_accountant(mechanism=name)
     accountant.history = list(history)
     with _quiet():
-        return float(accountant.get_epsilon(delta=delta))
+        return max(0.0, float(accountant.get_epsilon(delta=delta)))  # a formula may fall below it for a large delta
 
 
 @lru_cache(maxsize=65536)

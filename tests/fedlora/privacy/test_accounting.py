@@ -63,6 +63,10 @@ def test_different_rounds_are_composed_in_any_order() -> None:
     assert epsilon_of(steps, 1e-4, "rdp") > epsilon_of(steps[:2], 1e-4, "rdp")
 
 
+def test_epsilon_is_never_below_zero() -> None:
+    assert epsilon_of([Steps(1000.0, 1.0, 1)], 0.4, "rdp") == 0.0
+
+
 def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
     assert epsilon_of([], 1e-5, "rdp") == 0.0
     assert epsilon_of([Steps(1.0, 0.1, 5), Steps(0.0, 0.1, 1)], 1e-5, "rdp") == math.inf
