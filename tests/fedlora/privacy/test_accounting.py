@@ -72,7 +72,7 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
     assert epsilon_of([Steps(1.0, 0.1, 5), Steps(0.0, 0.1, 1)], 1e-5, "rdp") == math.inf
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     epsilon=st.floats(0.3, 20.0), records=st.integers(50, 5000), batch=st.integers(1, 50), steps=st.integers(1, 2000)
 )

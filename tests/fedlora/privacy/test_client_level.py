@@ -136,6 +136,7 @@ def test_solved_noise_spends_the_budget_and_no_more(epsilon: float, rate: float 
     assert 0.995 * epsilon <= epsilon_of(noise, 25, 1e-5, "rdp", rate) <= epsilon
 
 
+@pytest.mark.slow
 def test_the_tighter_accountant_needs_less_noise() -> None:
     renyi, loss = (noise_multiplier_for(4.0, 20, 1e-4, each, 0.2) for each in ("rdp", "prv"))
     assert epsilon_of(loss, 20, 1e-4, "prv", 0.2) <= 4
