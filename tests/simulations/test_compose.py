@@ -16,6 +16,7 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 REQUIRED = {
     "adapter/peft.yaml": ["adapter.config._target_=peft.MissConfig"],
     "tracking/custom.yaml": ["tracking.name=wandb"],
+    "privacy/client.yaml": ["privacy.clip=0.5", "privacy.epsilon=8"],
     "task/custom.yaml": ["task.name=./mine.py:Mine"],
     "strategy/custom.yaml": ["strategy._target_=flwr.serverapp.strategy.FedAvg"],
 }

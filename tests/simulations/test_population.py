@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ class PeakOfRounds(Callback):
 
     def on_round_end(self, record: Mapping[str, Any]) -> None:
         """Called for the start too, as round 0."""
+        gc.collect()  # or a round is charged for cycles of the rounds before
         now, peak = tracemalloc.get_traced_memory()
         self.peaks.append(peak - self._before)
         self.left.append(now - self._before)
