@@ -145,9 +145,8 @@ def folder_name(client: str) -> str:
     return f"{name[:60].lstrip('._ ')}~{hashlib.blake2b(client.encode(), digest_size=6).hexdigest()}"
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Replace a file at once; when this returns, the new one is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either whole or as it was; when this returns, it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         file.write(text)

@@ -25,9 +25,10 @@ from fedlora.config import nearest
 from fedlora.errors import InputError
 from fedlora.federation import Federation
 from fedlora.seeding import numpy_rng
+from fedlora.store import write_atomically
 from fedlora.suppression import Request, Score, capacity, rows_of, suppressed
 from simulations.finish import saved_head
-from simulations.run_folder import RunFolder, write_atomically
+from simulations.run_folder import RunFolder
 from strategies.base import FederatedStrategy
 from strategies.build import build_strategy
 

@@ -18,11 +18,12 @@ from fedlora.export import export_adapter, export_merged
 from fedlora.model import AdaptedModel
 from fedlora.privacy.outlook import record_privacy
 from fedlora.privacy.statement import private_label
+from fedlora.store import write_atomically
 from simulations import checkpoint
 from simulations.compose import own_pair
 from simulations.memory import measured_peak
 from simulations.rounds import FederatedRun
-from simulations.run_folder import RunFolder, write_atomically
+from simulations.run_folder import RunFolder
 from simulations.target import cost_of_target
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "opacus", "ray", "hydra-core")

@@ -21,6 +21,7 @@ from fedlora.errors import FedloraError, InputError
 from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
 from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
+from fedlora.privacy.accounting import finite
 from fedlora.privacy.budget import SITS_OUT
 from fedlora.privacy.statement import SIMULATED
 from simulations import checkpoint
@@ -296,11 +297,6 @@ class FederatedRun:
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
-
-
-def finite(epsilon: float) -> float | None:
-    """``epsilon``, or ``None`` where there is no bound."""
-    return epsilon if math.isfinite(epsilon) else None
 
 
 def spent_by(replies: Sequence[Message], owners: Sequence[str]) -> dict[str, float]:

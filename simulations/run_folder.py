@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
-from fedlora.store import ClientStore
+from fedlora.store import ClientStore, write_atomically
 
 
 class RunFolder:
@@ -123,14 +123,4 @@ def write_tensors_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file that is either whole or as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(dict(tensors), temporary)
-    temporary.replace(path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
     temporary.replace(path)

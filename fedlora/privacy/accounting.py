@@ -80,6 +80,11 @@ def solved_noise(epsilon: float, delta: float, sample_rate: float, steps: int, a
         )
 
 
+def finite(epsilon: float) -> float | None:
+    """``epsilon``, or ``None`` where there is no bound."""
+    return epsilon if math.isfinite(epsilon) else None
+
+
 def default_delta(records: int) -> float:
     """1 / N^1.1, below the 1 / N at which one record could be published outright."""
     return max(records, 2) ** -1.1

@@ -16,7 +16,7 @@ from fedlora.config import PrivacyConfig
 from fedlora.errors import FedloraError
 from fedlora.privacy.accounting import Steps, epsilon_of
 from fedlora.privacy.mechanism import Mechanism, delta_for
-from fedlora.store import ClientStore, write_synced
+from fedlora.store import ClientStore, write_atomically
 
 SITS_OUT = "sits out"
 """How the reason starts for which a client without budget does not train."""
@@ -50,7 +50,9 @@ class Budget:
         line = {"round": server_round, "release": name, **asdict(mechanism.cost)}
         lines = self._lines(client)
         if line not in lines:
-            write_synced(self.path(client), "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+            path = self.path(client)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
 
     def spent(self, client: str, records: int, server_round: int, mechanism: Mechanism) -> float:
         """Epsilon of everything that ``client`` has released up to ``server_round``."""

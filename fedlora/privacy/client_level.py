@@ -14,18 +14,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedlora import wire
 from fedlora.errors import InputError
+from fedlora.privacy.accounting import Accountant, default_delta
 
 CLIP_RATE = 0.2
 """Step of the adaptive clip in the logarithm (Andrew et al. 2021, section 3.2)."""
 MOST_NOISE = 2.0**40
-Accountant = Literal["rdp", "prv"]
 
 
 def update_of(state: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +89,7 @@ def settled_delta(delta: float | None, clients: int) -> float:
     Raises:
         InputError: it is not below 1 / N, so that giving away one whole client would do.
     """
-    settled = float(max(clients, 2)) ** -1.1 if delta is None else delta
+    settled = default_delta(clients) if delta is None else delta
     if settled >= 1 / clients:
         raise InputError(
             f"privacy.delta = {settled:g} is not below {1 / clients:g}, one over the {clients} training clients: "

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fedlora.federation import Federation
-from fedlora.privacy.accounting import epsilon_of
+from fedlora.privacy.accounting import epsilon_of, finite
 from fedlora.privacy.mechanism import delta_for, mechanism_for
 from fedlora.privacy.statement import privacy_summary
 
@@ -29,7 +28,7 @@ def record_privacy(federation: Federation, spent: float | None = None) -> dict[s
     for rows, client in dict.fromkeys((sizes[0], sizes[-1])):
         mechanism = mechanism_for(privacy, config.client, config.rounds, client, rows, 0)
         delta = delta_for(privacy, client, rows)
-        epsilon = _finite(epsilon_of([mechanism.cost] * rounds, delta, privacy.accountant))
+        epsilon = finite(epsilon_of([mechanism.cost] * rounds, delta, privacy.accountant))
         clients.append(
             {
                 "rows": rows,
@@ -42,11 +41,7 @@ def record_privacy(federation: Federation, spent: float | None = None) -> dict[s
         )
     noise, delta = min(c["noise_multiplier"] for c in clients), max(c["delta"] for c in clients)
     epsilons = [c["epsilon"] for c in clients]
-    bound = _finite(spent) if spent is not None else None if None in epsilons else max(epsilons)
+    bound = finite(spent) if spent is not None else None if None in epsilons else max(epsilons)
     clip = privacy.clip
     assert clip is not None
     return {**privacy_summary("record", bound, delta, noise, clip, privacy.accountant), "clients": clients}
-
-
-def _finite(epsilon: float) -> float | None:
-    return epsilon if math.isfinite(epsilon) else None

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
 from fedlora.seeding import torch_generator
@@ -61,8 +60,8 @@ class System:
 
     def normal(self, shape: Sequence[int], std: float) -> Tensor:
         """See :class:`Randomness`."""
-        each = ndtri(_uniform(SUMMANDS * math.prod(shape))).reshape(SUMMANDS, *shape)
-        return torch.from_numpy(each.sum(axis=0) * (std / math.sqrt(SUMMANDS))).float()
+        each = torch.special.ndtri(torch.from_numpy(_uniform(SUMMANDS * math.prod(shape)))).view(SUMMANDS, *shape)
+        return (each.sum(dim=0) * (std / math.sqrt(SUMMANDS))).float()
 
 
 def _uniform(count: int) -> np.ndarray:

@@ -12,11 +12,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from fedlora.errors import InputError
+from fedlora.store import write_atomically
 from simulations.report import page, pictures, table
 from simulations.report.figures import PICTURES
 from simulations.report.load import Frame, Section, load
 from simulations.report.style import Style, styles
-from simulations.run_folder import write_atomically
 
 
 @dataclass(frozen=True)
