@@ -23,10 +23,11 @@ from fedlora.client import Worker, worker_for
 from fedlora.config import Config, nearest
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
+from fedlora.store import write_atomically
 from simulations.continual import suppress
 from simulations.evaluator import Evaluator
 from simulations.finish import merge_finished, saved_head
-from simulations.run_folder import RunFolder, write_atomically, write_tensors_atomically
+from simulations.run_folder import RunFolder, write_tensors_atomically
 from strategies.build import build_strategy
 from strategies.disjoint import FILE, Disjoint
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.store import write_atomically
 from simulations.paired import paired_differences
-from simulations.run_folder import RunFolder, write_atomically
+from simulations.run_folder import RunFolder
 from simulations.trials import Trial
 
 FILE = "comparison.json"
