@@ -185,13 +185,14 @@ def _train_phase(
             batches = [next(order) for order in orders[:active]]
             known[:active, step] = [len(batch) > 0 for batch in batches]
             rates = [m.learning_rate(step, n) for m, n in zip(members[:active], steps, strict=False)]
-            leaves = {key: value[:active].detach().requires_grad_(key in keys) for key, value in stacked.items()}
+            trained = model.in_step(step, keys)
+            leaves = {key: value[:active].detach().requires_grad_(key in trained) for key, value in stacked.items()}
             given = model, axis, task, encoded, leaves, batches, settings.batch_size
             if mechanisms:
                 gradients, losses[:active, step] = private_gradients(*given, mechanisms[:active], draws[:active])
             else:
                 gradients, losses[:active, step] = cohort_gradients(*given)
-            penalty = model.penalty_gradient({key: stacked[key][:active] for key in keys}, clients[:active])
+            penalty = model.penalty_gradient({key: stacked[key][:active] for key in trained}, clients[:active])
             optimizer.step(gradients, penalty, rates)
     found = losses.double().cpu().numpy()
     return [each[steps_known] for each, steps_known in zip(found, known, strict=True)], optimizer
@@ -219,7 +220,10 @@ class _Optimizer:
             self.second = {key: _stacked(members, key, "exp_avg_sq", value) for key, value in stacked.items()}
 
     def step(self, gradients: State, penalty: State, rates: Sequence[float]) -> None:
-        """One step of the first ``len(rates)`` clients, each at its own rate; ``penalty`` is added after clipping."""
+        """One step of the first ``len(rates)`` clients, each at its own rate, with what has a gradient.
+
+        ``penalty`` is added after clipping.
+        """
         settings, active = self.settings, len(rates)
         device = next(iter(self.stacked.values())).device
         if settings.max_grad_norm is not None:
@@ -230,8 +234,8 @@ class _Optimizer:
         lr = torch.tensor(rates, dtype=torch.float64)
         known: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
         shrink = (1 - lr * settings.weight_decay).float().to(device)
-        for key, value in self.stacked.items():
-            theta, g = value[:active], gradients[key]
+        for key, g in gradients.items():
+            theta = self.stacked[key][:active]
             if settings.optimizer == "sgd":
                 theta.sub_(_wide(lr.float().to(device), g) * (g + settings.weight_decay * theta))
                 continue
@@ -250,7 +254,7 @@ class _Optimizer:
         if not self.settings.keep_optimizer:
             return {}
         kept: State = {}
-        for key in self.stacked:
+        for key in (key for key, counts in self.counts.items() if counts[client]):
             kept[f"{key}/step"] = self.counts[key][client].clone()
             kept[f"{key}/exp_avg"] = self.first[key][client].cpu().clone()
             kept[f"{key}/exp_avg_sq"] = self.second[key][client].cpu().clone()

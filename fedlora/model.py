@@ -134,6 +134,10 @@ class AdaptedModel:
             return tuple(keys)
         return tuple(key for key in keys if (key in self.private) == (phase.trains == "private"))
 
+    def in_step(self, step: int, keys: Iterable[str]) -> tuple[str, ...]:
+        """Those of a client's ``keys`` that its local step ``step`` trains, the head always; all if it were none."""
+        return tuple(key for key in keys if key in self.head or self.adapter.has_turn(key, step)) or tuple(keys)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -71,16 +71,23 @@ def train_steps(
     losses: list[float] = []
     if privacy is None:
         steps = steps_for(len(rows), whole, settings.local_epochs, settings.local_steps)
-        private, hooks = None, nullcontext()
+        private = None
         batches = batch_order(rows, whole, settings.local_epochs, settings.local_steps, rng)
     else:
-        from fedlora.privacy import hooks as opacus  # which takes seconds to import
+        from fedlora.privacy.hooks import RecordGradients  # Opacus takes seconds to import
 
-        steps, hooks = privacy.steps, opacus.hooked(model)
-        private = opacus.RecordGradients(model, task, encoded, parameters, optimizer, privacy)
+        steps = privacy.steps
+        private = RecordGradients(model, task, encoded, optimizer, privacy)
         batches = poisson_batches(rows, privacy, private.randomness)
-    with training_mode(model.module, dropout_seed), hooks:
+    trained: tuple[str, ...] = ()
+    with training_mode(model.module, dropout_seed), ExitStack() as hooks:
         for step, batch in enumerate(batches):
+            before, trained = trained, model.in_step(step, keys)
+            if trained != before:
+                model.own_trainables(trained)
+                hooks.close()
+                if private is not None:
+                    hooks.enter_context(private.hooked())
             if private is not None:
                 loss = private.compute(batch, settings.batch_size)
             else:
@@ -93,12 +100,12 @@ def train_steps(
                 if not math.isfinite(loss):
                     raise FedloraError(f"the loss is {loss} at local step {step + 1}")
             if penalty is not None:
-                for key, gradient in penalty({key: p.detach() for key, p in parameters.items()}).items():
+                for key, gradient in penalty({key: parameters[key].detach() for key in trained}).items():
                     parameters[key].grad = _sum(parameters[key].grad, gradient)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             optimizer.step()
-    model.assert_trainables(keys)
+    model.assert_trainables(trained)
     return float(np.mean(losses or [0.0])), _moments(optimizer, parameters) if settings.keep_optimizer else {}
 
 

@@ -164,6 +164,13 @@ class Adapter(ABC):
         """How a client trains in a round, in order, each phase on the same batches; by default all at once."""
         return (Phase("all"),)
 
+    def has_turn(self, key: str, step: int) -> bool:
+        """Whether the local step ``step`` of a round, from 0, trains the tensor ``key``; by default each trains all.
+
+        What rests in a step gets neither gradient nor noise there, and its moments stay as they are.
+        """
+        return True
+
     @abstractmethod
     def check(self, layers: Mapping[str, BaseTunerLayer], tensors: Mapping[str, Tensor]) -> None:
         """Refuse layers that this adapter cannot serve; called once after injection, also on the meta device.

@@ -42,14 +42,17 @@ class Canary:
                 "Use another adapter, or privacy=none."
             )
         for member, result in zip(members, trained, strict=True):
+            mechanism = member.privacy
+            assert mechanism is not None
+            noised = {key for step in range(mechanism.steps) for key in self.model.in_step(step, member.keys)}
             for key in result.state.keys() & member.state.keys():
                 rests = result.state[key].equal(member.state[key])
-                if rests and key in member.keys and member.privacy is not None and member.privacy.noise_multiplier:
+                if rests and key in noised and mechanism.noise_multiplier:
                     raise FedloraError(
                         f"'{key}' of client '{member.client}' is trained, and the noise of privacy=record has not "
                         f"moved it: nothing is released. Raise client.lr if it is tiny, or do not use adapter={name}."
                     )
-                if not rests and key not in member.keys:
+                if not rests and key not in noised:
                     raise FedloraError(
                         f"'{key}' of client '{member.client}' rests in this round, and private training of "
                         f"adapter={name} has changed it: nothing is released. Use another adapter, or privacy=none."

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora.encoded import EncodedRows
 from fedlora.errors import FedloraError
@@ -31,12 +31,11 @@ class RecordGradients:
         model: AdaptedModel,
         task: Task,
         encoded: EncodedRows,
-        parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         mechanism: Mechanism,
     ) -> None:
-        """Train ``parameters`` of ``model`` with ``optimizer`` on the losses of ``task``."""
-        self.model, self.task, self.encoded, self.parameters = model, task, encoded, parameters
+        """Train with ``optimizer`` what requires gradients in ``model`` at a step, on the losses of ``task``."""
+        self.model, self.task, self.encoded = model, task, encoded
         self.randomness = mechanism.randomness()
         self.optimizer = _Noised(
             optimizer,
@@ -46,6 +45,10 @@ class RecordGradients:
             randomness=self.randomness,
         )
 
+    def hooked(self) -> AbstractContextManager[None]:
+        """Record gradients inside of what requires them now."""
+        return hooked(self.model)
+
     def compute(self, rows: np.ndarray, size: int) -> float | None:
         """Write the clipped and noised gradient of ``rows``, ``size`` of them at a time, into the parameters.
 
@@ -54,9 +57,9 @@ class RecordGradients:
         Returns:
             The mean loss, or ``None`` without rows.
         """
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)  # what rests in this step has no gradient, not one of zeros
         if len(rows) == 0:
-            for parameter in self.parameters.values():
+            for parameter in self.optimizer.params:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
             self.optimizer.pre_step()
             return None

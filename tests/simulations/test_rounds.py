@@ -18,7 +18,7 @@ from tests.conftest import Compose
 
 METHODS = [m for m in options("method") if "backbone" not in choices_of(m)]  # the others: see test_personal
 FEDERATED = [method for method in METHODS if method not in ("central", "local", "zero_shot")]
-APPROXIMATE, PERSONAL = ("fedit", "flexlora", "lora_ga", "o_lora"), ("fedsa",)
+APPROXIMATE, PERSONAL = ("fedit", "flexlora", "la_lora", "lora_ga", "o_lora"), ("fedsa",)
 COUNTS = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
 
 

@@ -21,7 +21,7 @@ from tests.conftest import Compose
 
 METHODS = {
     "fedit": [], "ffa": ["adapter.head=private"], "fed_sb": ["adapter.head=frozen"], "ravan": [], "fedsa": [],
-    "orthogonal": [], "o_lora": [], "local": [],
+    "orthogonal": [], "o_lora": [], "la_lora": ["client.local_epochs=2"], "local": [],
 }  # fmt: skip
 
 
@@ -54,6 +54,15 @@ def test_private_training_moves_what_is_trained_and_nothing_else(
 def test_the_factor_that_rests_stays_as_it_was(tiny: Compose, tmp_path: Path, engine: str) -> None:
     worker = prepared(tiny, tmp_path, engine, "method=rolora")
     ours = members(worker, ("lora_B",))
+    for member, trained in zip(ours, worker.trainer.train(ours), strict=True):
+        rests = {key for key, value in trained.state.items() if value.equal(member.state[key])}
+        assert rests == {key for key in trained.state if ".lora_A." in key}
+
+
+@pytest.mark.parametrize("engine", ["loop", "cohort"])
+def test_a_factor_that_had_no_turn_may_stay_and_must(tiny: Compose, tmp_path: Path, engine: str) -> None:
+    worker = prepared(tiny, tmp_path, engine, "method=la_lora", "client.local_steps=1")
+    ours = members(worker)
     for member, trained in zip(ours, worker.trainer.train(ours), strict=True):
         rests = {key for key, value in trained.state.items() if value.equal(member.state[key])}
         assert rests == {key for key in trained.state if ".lora_A." in key}

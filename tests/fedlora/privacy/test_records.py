@@ -24,7 +24,7 @@ from fedlora.privacy.records import private_gradients
 from fedlora.store import ClientStore
 from tests.conftest import Compose
 
-ADAPTERS = ["fedit", "ffa", "fed_sb", "ravan", "orthogonal", "fedsa"]
+ADAPTERS = ["fedit", "ffa", "fed_sb", "ravan", "orthogonal", "fedsa", "la_lora"]
 CLIP, BATCH = 0.05, 4.0
 SILENT = Mechanism(sample_rate=0.3, noise_multiplier=0.0, clip=CLIP, batch=BATCH, steps=4, seed=11)
 
