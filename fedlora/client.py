@@ -143,6 +143,8 @@ class Worker:
     def _rows_of_length(self, *quantiles: float) -> np.ndarray:
         """Training rows at these quantiles of length."""
         rows = np.concatenate(list(self.federation.index.train.values()))
+        if len(rows) == 0:  # the server of a deployment
+            rows = np.arange(len(self.federation.rows))
         order = rows[np.argsort(self.federation.rows.lengths(rows), kind="stable")]
         return order[[round(q * (len(order) - 1)) for q in quantiles]]
 

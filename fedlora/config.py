@@ -91,6 +91,8 @@ class DataConfig(Settings):
         image: pictures.
         client: who owns the row.
         group: the group that the row's client belongs to, the same in all of its rows.
+        labels: the classes or tags that all clients agree on, in the order of their numbers; ``None``: those that the
+            rows have, sorted.
         limit: take the first rows only.
         split: how rows are divided.
     """
@@ -107,6 +109,7 @@ class DataConfig(Settings):
     image: str | None = "image"
     client: str | None = None
     group: str | None = None
+    labels: list[str] | None = None
     limit: Count | None = None
     split: SplitConfig = SplitConfig()
 
@@ -211,7 +214,7 @@ class EngineConfig(Settings):
         packing: skip padding, and what of the last block nobody reads; the same numbers with less work.
     """
 
-    name: Literal["auto", "loop", "cohort", "flower"]
+    name: Literal["auto", "loop", "cohort", "flower", "deploy"]
     workers: Annotated[int, Field(ge=0)] | None = None
     threads: Count | None = None
     tokens: Count | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -54,9 +55,18 @@ def _task(task: str, backbone: str) -> Task:
 
 @lru_cache(maxsize=2)
 def _rows(data: str, task: str, backbone: str) -> tuple[pd.DataFrame, Schema]:
-    work = _task(task, backbone)
-    rows = load_rows(DataConfig.model_validate_json(data), work.columns, work.nested)
-    return rows, work.schema(rows)
+    work, config = _task(task, backbone), DataConfig.model_validate_json(data)
+    rows = load_rows(config, work.columns, work.nested)
+    return rows, settled_schema(work, rows, config.labels)
+
+
+def settled_schema(task: Task, rows: pd.DataFrame, labels: Sequence[str] | None) -> Schema:
+    """What the clients agree on: ``labels`` where they are given, otherwise what the rows show.
+
+    Raises:
+        InputError: the rows cannot serve the task.
+    """
+    return task.schema(rows) if labels is None else task.agreed(rows, tuple(labels))
 
 
 @lru_cache(maxsize=16)
@@ -71,8 +81,11 @@ def _dataset(data: str, partition: str, task: str, backbone: str, seed: int) -> 
 
 @lru_cache(maxsize=2)
 def _encoded(data: str, task: str, backbone: str, max_length: int) -> EncodedRows:
-    rows, schema = _rows(data, task, backbone)
-    work = _task(task, backbone)
+    return encoded(_task(task, backbone), *_rows(data, task, backbone), max_length)
+
+
+def encoded(work: Task, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
+    """All rows as arrays, from the cache on disk where they were made before."""
     rows = rows.drop(columns=list(OWNERS), errors="ignore")
     if "image" in rows:
         return work.encode(rows, schema, max_length)
@@ -98,8 +111,12 @@ def _code_of(task: Task) -> str:
 class Federation:
     """The resolved run: who the clients are, what they hold, and how a model for them is built."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
         """Load the data and check the adapter. Weights and tokens are loaded when first asked for.
+
+        Args:
+            config: of the run.
+            dataset: what one side of a deployment holds, instead of the rows of all clients that ``config`` names.
 
         Raises:
             InputError: a setting or the data cannot work.
@@ -110,7 +127,8 @@ class Federation:
         self.task = build_task(config.task, self.backbone)
         data, task, backbone = config.data.model_dump_json(), json.dumps(config.task), config.backbone.model_dump_json()
         self._key = data, task, backbone
-        self.dataset = _dataset(data, config.partition.model_dump_json(), task, backbone, config.seed)
+        self.deployed = dataset is not None
+        self.dataset = dataset or _dataset(data, config.partition.model_dump_json(), task, backbone, config.seed)
         self.index, self.schema = self.dataset.index, self.dataset.schema
         self.adapter.clients = self.clients
         self.adapter.groups = groups_of_clients(self.dataset.rows, self.index)
@@ -191,6 +209,10 @@ class Federation:
     @cached_property
     def rows(self) -> EncodedRows:
         """All rows as arrays."""
+        if len(self.dataset.rows) == 0:
+            return EncodedRows(np.zeros(1, dtype=np.int64))
+        if self.deployed:
+            return encoded(self.task, self.dataset.rows, self.schema, self.max_length)
         return _encoded(*self._key, self.max_length)
 
     def build_model(self) -> AdaptedModel:

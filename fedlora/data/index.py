@@ -106,6 +106,8 @@ def groups_of_clients(rows: pd.DataFrame, index: ClientIndex) -> dict[str, str]:
     for client in index.clients:
         own = np.concatenate([index.train[client], index.validation[client], index.test[client]])
         found = pd.unique(rows["group"].iloc[own])
+        if len(found) == 0:  # rows that are elsewhere
+            continue
         if len(found) > 1:
             raise InputError(
                 f"data.group: client '{client}' has rows of {len(found)} groups, among them '{found[0]}' and "
@@ -126,9 +128,10 @@ def untrained_labels(rows: pd.DataFrame, index: ClientIndex, schema: Schema) -> 
         index: which rows are trained on.
         schema: what the clients agree on; without labels the answer is empty.
     """
-    if not schema.labels or "label" not in rows:
+    trained_rows = np.concatenate(list(index.train.values()))
+    if not schema.labels or "label" not in rows or len(trained_rows) == 0:
         return []
-    trained = rows["label"].iloc[np.concatenate(list(index.train.values()))]
+    trained = rows["label"].iloc[trained_rows]
     seen = set(_texts(trained.tolist()))
     seen |= {word for text in seen.difference(schema.labels) for word in text.split()}
     return [label for label in schema.labels if label not in seen] if seen.intersection(schema.labels) else []

@@ -104,6 +104,16 @@ class Task(ABC):
             InputError: the rows cannot serve this task.
         """
 
+    def agreed(self, rows: pd.DataFrame, labels: tuple[str, ...]) -> Schema:
+        """The schema where ``labels`` were agreed on before anybody looked at rows.
+
+        Raises:
+            InputError: the task has no labels to agree on.
+        """
+        raise InputError(
+            f"data.labels has no effect: task {type(self).__name__} has no labels to agree on. Set data.labels=null."
+        )
+
     @abstractmethod
     def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
         """Turn all rows into arrays once, truncated to ``max_length`` tokens.

@@ -47,6 +47,10 @@ class Classification(Task):
         """The sorted distinct labels of all rows, as text."""
         return class_schema(rows)
 
+    def agreed(self, rows: pd.DataFrame, labels: tuple[str, ...]) -> Schema:
+        """``labels``, in this order."""
+        return Schema(labels)
+
     def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
         """Tokenise text (and text_pair) with the tokenizer's own special tokens."""
         return EncodedRows.from_lists(

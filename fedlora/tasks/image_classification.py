@@ -50,7 +50,13 @@ class ImageClassification(Classification):
 
     def schema(self, rows: pd.DataFrame) -> Schema:
         """The labels; for models that are built for the data also the shape of its first picture."""
-        schema = super().schema(rows)
+        return self._with_picture(super().schema(rows), rows)
+
+    def agreed(self, rows: pd.DataFrame, labels: tuple[str, ...]) -> Schema:
+        """``labels``, and what :meth:`schema` says of pictures."""
+        return self._with_picture(super().agreed(rows, labels), rows)
+
+    def _with_picture(self, schema: Schema, rows: pd.DataFrame) -> Schema:
         if not self.backbone.any_picture:
             return schema
         channels, *size = shape_of(rows["image"].iloc[0], 0)

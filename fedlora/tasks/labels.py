@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.config import nearest
 from fedlora.errors import InputError
 from fedlora.tasks.base import Batch, Schema, Statistics
 
@@ -40,8 +41,18 @@ def class_schema(rows: pd.DataFrame) -> Schema:
 
 
 def class_numbers(labels: Sequence[str], schema: Schema) -> np.ndarray:
-    """The class id of every label ``[rows]``, int64."""
+    """The class id of every label ``[rows]``, int64.
+
+    Raises:
+        InputError: a label is not in the schema.
+    """
     number = {label: i for i, label in enumerate(schema.labels)}
+    foreign = sorted(set(labels) - number.keys())
+    if foreign:
+        raise InputError(
+            f"The label {foreign[0]!r} of {list(labels).count(foreign[0])} rows is none of those that all clients agree "
+            f"on: {', '.join(schema.labels)}. Correct the rows, or data.labels.{nearest(foreign[0], schema.labels)}"
+        )
     return np.array([number[label] for label in labels], dtype=np.int64)
 
 

@@ -51,6 +51,10 @@ class TokenClassification(Task):
         names = cast(TokenClassificationConfig, self.config).tags
         return Schema(names) if names else class_schema(pd.DataFrame({"label": tags}))
 
+    def agreed(self, rows: pd.DataFrame, labels: tuple[str, ...]) -> Schema:
+        """``labels`` as the tags, in this order."""
+        return Schema(labels)
+
     def encode(self, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
         """Tokenise the words; ``labels`` carry a word's tag on its first token, so that every word counts once.
 

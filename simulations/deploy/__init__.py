@@ -1,0 +1,1 @@
+"""The server side of a deployment: the processes behind ``fedlora serve``."""
