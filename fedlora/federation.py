@@ -60,6 +60,11 @@ def _rows(data: str, task: str, backbone: str) -> tuple[pd.DataFrame, Schema]:
     return rows, settled_schema(work, rows, config.labels)
 
 
+def task_of(config: Config) -> Task:
+    """The task of a configuration, to read rows with."""
+    return build_task(config.task, Backbone.from_config(config.backbone))
+
+
 def settled_schema(task: Task, rows: pd.DataFrame, labels: Sequence[str] | None) -> Schema:
     """What the clients agree on: ``labels`` where they are given, otherwise what the rows show.
 

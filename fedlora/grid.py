@@ -74,6 +74,10 @@ class ClientGrid(Grid):
         self._clients[node] = client
         return node
 
+    def meet(self, server_round: int, clients: Sequence[str], ledger: Ledger) -> dict[str, str]:
+        """See that ``clients`` are there and agree to the run; returns why some cannot take part, by client."""
+        return {}
+
     def client_of(self, node: int) -> str:
         """The client behind a node id."""
         return self._clients[node]

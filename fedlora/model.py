@@ -164,6 +164,11 @@ class AdaptedModel:
         """A batch where the model is."""
         return {name: values.to(self.device) for name, values in batch.items()}
 
+    def backbone_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is neither the adapter's nor the head's, by the module's own names."""
+        ours = {id(tensor) for tensor in self._tensors.values()}
+        return {name: tensor for name, tensor in named_tensors(self.module).items() if id(tensor) not in ours}
+
     def parameters(self, keys: Iterable[str] | None = None) -> list[nn.Parameter]:
         """The parameters of ``keys`` (``None``: all trained ones) in their order."""
         return [cast(nn.Parameter, self._tensors[key]) for key in (self.trainable if keys is None else keys)]

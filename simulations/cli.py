@@ -8,9 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from simulations.benchmark import options as benchmark
+
+PORT = 9092
+JOINING = """\
+settings (key=value): where the client's file or machine is different from what the server says:
+  data.text=COL  data.text_pair=COL  data.label=COL   columns of the file
+  backbone.path=FOLDER                                the frozen model on this machine"""
 
 DESCRIPTION = """\
 Federated LoRA fine-tuning: simulate, compare, then deploy the same configuration.
@@ -23,6 +29,8 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
   fedlora methods                               what method=... can be
   fedlora resume runs/2026-01-31_12-00-00       finish a run that was interrupted
   fedlora forget "site 3" runs/2026-01-31_12-00-00   take a client out of a finished run
+  fedlora serve method=fed_sb data.labels=[no,yes] --certs certs/   the same configuration with real clients
+  fedlora join fl.example.org:9092 --data rows.csv --ca ca.crt --key site-a   one of them
   fedlora report runs/2026-01-31_12-00-00 -o report.html   one page of figures and a table, to open offline
   fedlora bench --only small --scale 0.25       how fast it is on this machine, and against what"""
 
@@ -72,6 +80,27 @@ def sort_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return [a for a in arguments if a not in overrides], overrides
 
 
+def deployment(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands of a deployment."""
+    serve = command("serve", "the server side of a run with real clients", SETTINGS)
+    safety = serve.add_mutually_exclusive_group(required=True)
+    safety.add_argument("--certs", metavar="FOLDER", help="ca.crt, server.pem, server.key and clients/<id>.pub")
+    safety.add_argument("--insecure", action="store_true", help="no encryption, and clients are who they say they are")
+    serve.add_argument("--clients", default="", metavar="A,B", help="with --insecure: the ids of the clients")
+    serve.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
+    serve.add_argument("--port", type=int, default=PORT, help=f"port to listen on (default {PORT})")
+    serve.add_argument("--wait-for", type=int, metavar="N", help="clients to wait for at the start (default: all)")
+    serve.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
+    join = command("join", "one real client with rows of its own", JOINING)
+    join.add_argument("server", metavar="SERVER", help=f"host or host:port of the server (default port {PORT})")
+    join.add_argument("--data", required=True, metavar="FILE", help="the client's rows: .csv, .jsonl or .parquet")
+    join.add_argument("--ca", metavar="FILE", help="certificate that the server's is checked with")
+    join.add_argument("--key", metavar="FILE", help="the client's private key; its name is the client's id")
+    join.add_argument("--insecure", action="store_true", help="no encryption, no key: for a test on one machine")
+    join.add_argument("--id", metavar="NAME", help="with --insecure: the client's id")
+    join.add_argument("--home", metavar="FOLDER", help="what the client keeps (default client-<id>)")
+
+
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fedlora", description=DESCRIPTION, epilog=SETTINGS, formatter_class=layout)
@@ -103,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         "client", metavar="CLIENT", help="the client's id as in the ledger, or with adapter.groups the name of a group"
     )
     forget.add_argument("run", metavar="RUN", help="the run folder")
+    split = command("split", "write what each client of a simulation owns to a file of its own", SETTINGS)
+    split.add_argument("folder", metavar="FOLDER", help="a new folder")
+    deployment(command)
     report = command("report", "one page of figures and a table from finished runs, that opens offline")
     report.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, folders of sweeps, patterns")
     report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default report.html)")

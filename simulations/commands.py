@@ -15,6 +15,7 @@ from simulations import compose, plan, tables
 from simulations.forget import forget
 from simulations.launch import simulate
 from simulations.messages import NoticeHandler, report
+from simulations.run_folder import RunFolder
 from simulations.simulate import resume
 
 
@@ -77,7 +78,15 @@ def _methods(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _resume(options: argparse.Namespace, overrides: list[str]) -> int:
-    summary = resume(Path(options.run), merged=options.merged)
+    run = Path(options.run)
+    if RunFolder(run).read_config().engine.name == "deploy":
+        from simulations.deploy.serve import serve_again
+
+        return _told(serve_again(run, merged=options.merged))
+    return _told(resume(run, merged=options.merged))
+
+
+def _told(summary: dict[str, Any]) -> int:
     console = tables.console()
     console.print(tables.comparison([summary]))
     console.print(tables.caption([summary]))
@@ -105,12 +114,36 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     return bench(options)
 
 
+def _split(options: argparse.Namespace, overrides: list[str]) -> int:
+    from simulations.split import split
+
+    for path in split(compose.compose_config(overrides), Path(options.folder)):
+        print(path)
+    return 0
+
+
+def _serve(options: argparse.Namespace, overrides: list[str]) -> int:
+    from simulations.deploy.command import serve  # flower's server side takes a second to import
+
+    return _told(serve(options, compose.compose_config(overrides)))
+
+
+def _join(options: argparse.Namespace, overrides: list[str]) -> int:
+    from simulations.deploy.command import join
+
+    join(options, overrides)
+    return 0
+
+
 COMMANDS = {
     "simulate": _simulate,
     "plan": _plan,
     "methods": _methods,
     "resume": _resume,
     "forget": _forget,
+    "split": _split,
+    "serve": _serve,
+    "join": _join,
     "report": _report,
     "bench": _bench,
 }

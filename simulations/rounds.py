@@ -81,6 +81,7 @@ class FederatedRun:
         self.worker = worker
         self.evaluator = Evaluator(worker, self.frozen)
         self._engine_changes: dict[str, Any] = {}
+        self._engine: ClientGrid
         self._exactness = Exactness(worker.model, self.ours, self.config.seed)
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
@@ -107,7 +108,10 @@ class FederatedRun:
             FedloraError: no client of a round returned a usable reply.
         """
         self._tell(lambda c: c.on_start(self.config.method, self.rounds, max(self.completed, 0)))
+        self._engine = engine
+        met = engine.meet(max(self.completed, 0), self.federation.clients, self.ledger)
         asked, failures = self._start_from_clients(engine) if self.completed < 0 else ((), {})
+        failures = failures or met
         grid = self.connect(engine)
         if self.completed < 0:
             self._complete(0, asked, None, failures, None)
@@ -142,7 +146,7 @@ class FederatedRun:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         with self._clock("select"), collector_paused():
             chosen = cohort(self.config, self.federation.clients, server_round)
-            refused = self._failures(server_round, self._capabilities.meet(server_round, chosen), len(chosen))
+            refused = self._meet(server_round, chosen)
             grid.begin_round(server_round, [client for client in chosen if client not in refused] or [NOBODY])
             before = wire.to_record(self.state)
             more = ConfigRecord({} if self.client_level is None else self.client_level.instructions())
@@ -167,6 +171,12 @@ class FederatedRun:
         del replies, messages  # no longer held while the round is evaluated
         loss = None if metrics is None or not chosen else metrics.get("train_loss")
         self._complete(server_round, chosen, loss, failures, error)
+
+    def _meet(self, server_round: int, chosen: Sequence[str]) -> dict[str, str]:
+        """Which of the ``chosen`` clients cannot take part in a round, and why."""
+        absent = self._engine.meet(server_round, chosen, self.ledger)
+        unable = self._capabilities.meet(server_round, [client for client in chosen if client not in absent])
+        return self._failures(server_round, absent | unable, len(chosen))
 
     def _error(self, aggregated: bool) -> float | str:
         """The aggregation error of the round, or why there is none."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.client import Worker
@@ -16,6 +17,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.evaluation import main_value, row_statistics
 from fedlora.federation import Federation
+from fedlora.grid import ClientGrid
 from fedlora.notices import notices
 from simulations.callbacks import Callback, ProgressBar
 from simulations.client_privacy import client_level
@@ -28,6 +30,7 @@ from simulations.run_folder import RunFolder
 from simulations.tracking import Tracking
 from strategies.build import build_strategy
 
+OnEngine = Callable[[Worker, Callable[[ClientGrid], None], Callable[[], None], Callable[..., None], Pools | None], None]
 log = logging.getLogger("fedlora")
 NOTICES = logging.getLogger("fedlora.notices")
 
@@ -56,13 +59,30 @@ def start(
     folder = RunFolder(run_dir)
     folder.require_new()
     worker = Worker(Federation(config.model_copy(update={"run_dir": str(run_dir)})), folder.store)
+    return begin(worker, folder, merged=merged, callbacks=callbacks, pools=pools)
+
+
+def begin(
+    worker: Worker,
+    folder: RunFolder,
+    *,
+    merged: bool = False,
+    callbacks: Sequence[Callback] = (),
+    pools: Pools | None = None,
+    on_engine: OnEngine = run_on_engine,
+) -> dict[str, Any]:
+    """Run the configuration of ``worker`` in the new ``folder``; see :func:`start`.
+
+    ``on_engine`` calls the rounds of the run with its engine; see :func:`simulations.engines.build.run_on_engine`.
+    """
+    config = worker.federation.config
     strategy = build_strategy(config.strategy, worker.model)
     _check(worker, strategy)
     client_level(worker.federation, worker.model, strategy)
     callbacks = [*callbacks, *_trackers(config, folder)]
     reasons = settle(worker, getattr(strategy, "trains", True))
     folder.create(worker.federation.config)
-    return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=reasons, pools=pools)
+    return _run(worker, folder, merged, callbacks, reasons, pools, on_engine)
 
 
 def _trackers(config: Config, folder: RunFolder) -> list[Callback]:
@@ -78,8 +98,8 @@ def _check(worker: Worker, strategy: Strategy) -> None:
             "factors in every round or every few. Set it to false."
         )
     rows = federation.rows
-    if federation.task.config.metric is not None:
-        first = next(iter(federation.index.train.values()))[:1]
+    if federation.task.config.metric is not None and len(rows):
+        first = np.arange(min(len(rows), 1))
         found = row_statistics(worker.model, federation.task, rows, first, 1)
         main_value(federation.task, federation.task.metrics(found))
 
@@ -94,26 +114,44 @@ def resume(
     """
     folder = RunFolder(run_dir)
     config = folder.read_config()
+    if config.engine.name == "deploy":
+        raise InputError(
+            f"{folder.path} is a deployed run: its clients can only be reached by 'fedlora serve --resume'."
+        )
     summary = folder.read_summary()
     if summary is None:
-        if config.checkpoint.every == 0:
-            raise InputError(f"{folder.path} was run with checkpoint.every=0, so there is nothing to resume from.")
         worker = Worker(Federation(config), folder.store)
-        callbacks = [*callbacks, *_trackers(config, folder)]
-        return _run(worker, folder, merged=merged, callbacks=callbacks, reasons=settle(worker), pools=pools)
+        return go_on(worker, folder, merged=merged, callbacks=callbacks, pools=pools)
     if merged and not folder.merged.exists():
         merge_finished(config, folder)
     return summary
 
 
-def _run(
+def go_on(
     worker: Worker,
     folder: RunFolder,
     *,
+    merged: bool = False,
+    callbacks: Sequence[Callback] = (),
+    pools: Pools | None = None,
+    on_engine: OnEngine = run_on_engine,
+) -> dict[str, Any]:
+    """Finish the unfinished run in ``folder``; see :func:`resume` and :func:`begin`."""
+    config = worker.federation.config
+    if config.checkpoint.every == 0:
+        raise InputError(f"{folder.path} was run with checkpoint.every=0, so there is nothing to resume from.")
+    callbacks = [*callbacks, *_trackers(config, folder)]
+    return _run(worker, folder, merged, callbacks, settle(worker), pools, on_engine)
+
+
+def _run(
+    worker: Worker,
+    folder: RunFolder,
     merged: bool,
     callbacks: Sequence[Callback],
     reasons: Sequence[str],
     pools: Pools | None,
+    on_engine: OnEngine,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     handler = logging.FileHandler(folder.log_file)
@@ -131,7 +169,7 @@ def _run(
         run = FederatedRun(worker, strategy, folder, callbacks)
         if run.client_level is not None:
             log.info("%s", run.client_level.summary()["statement"])
-        run_on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine, pools)
+        on_engine(worker, run.run, partial(_each_client, callbacks), run.change_engine, pools)
         summary = finish(run, time.perf_counter() - started, merged)
         for callback in callbacks:
             callback.on_end(summary)

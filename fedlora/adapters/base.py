@@ -96,6 +96,8 @@ class Adapter(ABC):
 
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
     ranked: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    needs_clients: ClassVar[bool] = False
+    """Whether what one client starts from depends on who the others are."""
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config

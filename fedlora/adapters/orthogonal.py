@@ -49,6 +49,7 @@ class OrthogonalLora(FrozenALora):
     """Only B is trained. In ``disjoint`` A has place ``client``, and is zero where no client is: see the strategy."""
 
     Config = OrthogonalConfig
+    needs_clients = True
 
     def __init__(self, config: OrthogonalConfig) -> None:
         super().__init__(config)

@@ -83,6 +83,7 @@ class PersonalLora(LowRankAdapter):
     """Of the four factors B travels, B_k (and a trained A_k) stays at its client, the others follow from the seed."""
 
     Config = PersonalLoraConfig
+    needs_clients = True
     affine = True  # in what travels
     ranked = (PRIVATE_A, PRIVATE_B)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -37,8 +38,8 @@ def server_dataset(config: Config, task: Task, clients: Sequence[str]) -> Datase
     nothing = data.name in FROM_FILES and data.path is None
     if nothing and data.labels is None and type(task).agreed is not Task.agreed:
         raise InputError(
-            "The server has no rows to take the labels from: set data.labels, such as data.labels=[no,yes], to what all "
-            "clients agree on, or data.path to rows of the server's own."
+            "The server has no rows to take the labels from: set data.labels, such as data.labels=[no,yes], to what "
+            "all clients agree on, or data.path to rows of the server's own."
         )
     rows = pd.DataFrame(columns=list(task.columns)) if nothing else load_rows(data, task.columns, task.nested)
     schema = settled_schema(task, rows, data.labels)
@@ -46,8 +47,8 @@ def server_dataset(config: Config, task: Task, clients: Sequence[str]) -> Datase
     wanted = data.split.public_rows
     if wanted > len(rows):
         raise InputError(
-            f"data.split.public_rows = {wanted} is more than the {len(rows)} rows that the server has. Lower it, or set "
-            "data.path to more rows."
+            f"data.split.public_rows = {wanted} is more than the {len(rows)} rows that the server has. Lower it, or "
+            "set data.path to more rows."
         )
     public, others = np.sort(drawn[:wanted]), np.sort(drawn[wanted:])
     owners = rows["client"].to_numpy()[others] if "client" in rows else np.full(len(others), "server", dtype=object)
@@ -56,7 +57,7 @@ def server_dataset(config: Config, task: Task, clients: Sequence[str]) -> Datase
     return Dataset(rows, schema, ClientIndex(empty, empty, empty, unseen, public, 0, 0))
 
 
-def client_dataset(config: Config, task: Task, client: str, own: DataConfig) -> Dataset:
+def client_dataset(config: Config, task: Task, client: str, own: DataConfig, others: Sequence[str] = ()) -> Dataset:
     """The rows of ``client``, divided into training, validation and test rows as in a simulation with that seed.
 
     Args:
@@ -64,6 +65,7 @@ def client_dataset(config: Config, task: Task, client: str, own: DataConfig) -> 
         task: of the run.
         client: whose rows they are, all of them.
         own: where they are; its labels are those that all clients agree on.
+        others: who else trains, where what this client starts from depends on it.
 
     Raises:
         InputError: the rows cannot be read, are too few, or have labels that were not agreed on.
@@ -75,7 +77,12 @@ def client_dataset(config: Config, task: Task, client: str, own: DataConfig) -> 
         raise InputError(f"{own.path} has {len(rows)} rows, and a client takes part with partition.min_rows = {least}.")
     split = own.split.model_copy(update={"unseen_clients": 0.0, "public_rows": 0})
     owner = np.full(len(rows), client, dtype=object)
-    return Dataset(rows, schema, build_index(owner, split, config.partition, config.seed))
+    index = build_index(owner, split, config.partition, config.seed)
+    if others and client not in others:
+        raise InputError(f"This client is '{client}', and the clients of the run are: {', '.join(others)}.")
+    empty = dict.fromkeys(others, NO_ROWS)
+    parts = {name: dict(sorted({**empty, **getattr(index, name)}.items())) for name in ("train", "validation", "test")}
+    return Dataset(rows, schema, replace(index, **parts))
 
 
 def own_data(config: Config, schema: Schema, path: str, **columns: str | None) -> DataConfig:

@@ -75,7 +75,11 @@ class TaskQueue:
             server_address=self.address,
             insecure=self.root_certificates is None,
             root_certificates=self.root_certificates,
-            interceptors=[RuntimeTracingInterceptor(), RuntimeVersionHttpInterceptor(component_name=name), *interceptors],
+            interceptors=[
+                RuntimeTracingInterceptor(),
+                RuntimeVersionHttpInterceptor(component_name=name),
+                *interceptors,
+            ],
             retry_invoker=retry,
         )
 

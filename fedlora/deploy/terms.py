@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ TERMS = "terms"
 """The record of a message in which the server says its terms, and of the reply in which a client says its own."""
 WIRE_VERSION = 1
 COMPARED = ("package", "wire", "backbone", "tokenizer", "labels", "manifest")
-LOCAL = ("data", "run_dir", "engine", "tracking", "checkpoint", "eval")
-"""Sections of the configuration that each side has for itself."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,8 @@ def common_config(config: Config) -> str:
     """The configuration as JSON, with the server's own paths and names left out."""
     values = config.model_dump(mode="json")
     values["data"] |= {"path": None, "client": None, "group": None}
-    values["backbone"]["path"] = None
+    if values["backbone"]["path"] and Path(values["backbone"]["path"]).exists():
+        values["backbone"]["path"] = None
     return json.dumps({**values, "run_dir": "", "tracking": {"name": "none"}}, sort_keys=True)
 
 
@@ -137,7 +137,10 @@ def _tokenizer_hash(worker: Worker) -> str:
         return ""
     tokenizer = backbone.tokenizer()
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.dumps(sorted(tokenizer.get_vocab().items())) if fast is None else fast.to_str()
+    content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    if fast is not None:
+        settled = json.loads(fast.to_str()) | {"truncation": None, "padding": None}  # as each last call has set them
+        content = json.dumps(settled, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -50,8 +50,9 @@ def class_numbers(labels: Sequence[str], schema: Schema) -> np.ndarray:
     foreign = sorted(set(labels) - number.keys())
     if foreign:
         raise InputError(
-            f"The label {foreign[0]!r} of {list(labels).count(foreign[0])} rows is none of those that all clients agree "
-            f"on: {', '.join(schema.labels)}. Correct the rows, or data.labels.{nearest(foreign[0], schema.labels)}"
+            f"The label {foreign[0]!r} of {list(labels).count(foreign[0])} rows is none of those that all clients "
+            f"agree on: {', '.join(schema.labels)}. Correct the rows, or data.labels."
+            f"{nearest(foreign[0], schema.labels)}"
         )
     return np.array([number[label] for label in labels], dtype=np.int64)
 

@@ -62,7 +62,7 @@ def settle(worker: Worker, trains: bool = True) -> list[str]:
         if name == "cohort" and tokens is None and not reason:
             tokens = _measured(worker)
             said.append(f"a common step has about {tokens} tokens: the fastest of a short measurement")
-    if trains:
+    if trains and name != "deploy":
         worker.require_privacy()
     settled = engine.model_copy(update={"name": name, "workers": workers, "threads": threads, "tokens": tokens})
     precision = settled_precision(federation.config.precision)
@@ -82,7 +82,7 @@ def _workers(worker: Worker, engine: EngineConfig) -> int:
         )
     if engine.name == "flower":
         return 2
-    if engine.name == "loop":
+    if engine.name in ("loop", "deploy"):
         return 0
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if gpus:

@@ -1,0 +1,60 @@
+"""``fedlora join``: one real client, from its own rows to the server, until it is stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.deploy.client import DeployedClient, Home
+from fedlora.deploy.executor import do_one
+from fedlora.deploy.supernode import SuperNode
+from fedlora.errors import FedloraError
+
+log = logging.getLogger("fedlora")
+POLL_SECONDS = 0.25
+PATIENCE = 150.0
+"""Seconds after which a SuperNode that does not get in is given up. A server notices after a minute that a client is
+gone, and does not let it in again before."""
+
+
+def join(
+    server: str,
+    home: Home,
+    root_certificates: Path | None,
+    key: Path | None,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Serve ``server`` as the client of ``home`` until interrupted.
+
+    Args:
+        server: ``host:port`` of the server.
+        home: the client's own.
+        root_certificates: that the server's certificate is checked with; ``None``: no encryption at all.
+        key: the client's private key; ``None``: the server cannot know who this is.
+        say: told what happens, in sentences.
+
+    Raises:
+        FedloraError: the server cannot be reached, or does not let this client in.
+    """
+    client = DeployedClient(home)
+    node = SuperNode(server, home.folder, root_certificates, key)
+    failing_since: float | None = None
+    try:
+        while True:
+            if do_one(node.tasks, client):
+                failing_since = None
+                continue
+            if not node.process.running:
+                now = time.monotonic()
+                failing_since = failing_since or now
+                reason = node.process.last_words()
+                if now - failing_since > PATIENCE:
+                    raise FedloraError(f"The server at {server} does not let this client in: {reason}")
+                say(f"the connection to {server} is lost, or was not granted ({reason}); trying again")
+                time.sleep(5.0)
+                node.process.start()
+            time.sleep(POLL_SECONDS)
+    finally:
+        node.stop()

@@ -1,0 +1,88 @@
+"""From the command line to a deployment: what ``fedlora serve`` and ``fedlora join`` are given, checked."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config, nearest
+from fedlora.deploy.runtime import quiet_flower
+from fedlora.errors import InputError
+from simulations.cli import PORT
+from simulations.messages import say
+
+OWN_SETTINGS = ("data.text", "data.text_pair", "data.label", "data.messages", "data.choices", "backbone.path")
+SERVER_FILES = ("ca.crt", "server.pem", "server.key")
+
+
+def serve(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Serve ``config`` as the options say; returns the summary.
+
+    Raises:
+        InputError: an option or a file is missing.
+    """
+    quiet_flower()
+    from simulations.deploy.serve import Serving
+    from simulations.deploy.serve import serve as serve_run
+
+    named = tuple(sorted(filter(None, options.clients.split(","))))
+    if options.insecure:
+        if not named:
+            raise InputError("--insecure has no keys to know the clients by: name them, --clients site-a,site-b.")
+        say("warning", "no encryption, and clients are who they say they are (--insecure)", "bold red")
+        serving = Serving(options.host, options.port, None, named, options.wait_for)
+    else:
+        folder = Path(options.certs)
+        for name in SERVER_FILES:
+            if not (folder / name).is_file():
+                raise InputError(f"--certs {folder}: there is no {name}. 'fedlora certs' makes one.")
+        known = tuple(sorted(path.stem for path in (folder / "clients").glob("*.pub")))
+        if foreign := sorted(set(named) - set(known)):
+            raise InputError(f"--clients {foreign[0]}: there is no key {folder}/clients/{foreign[0]}.pub.")
+        serving = Serving(options.host, options.port, folder, named or known, options.wait_for)
+    return serve_run(config, Path(config.run_dir), serving, merged=options.merged)
+
+
+def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Join a server as the options say, until interrupted.
+
+    Raises:
+        InputError: an option or a file is missing.
+        FedloraError: the server does not let this client in.
+    """
+    quiet_flower()
+    from fedlora.deploy.client import Home
+    from fedlora.deploy.join import join as join_server
+
+    if options.insecure and (options.ca or options.key):
+        raise InputError("--insecure uses neither --ca nor --key: leave it out, or them.")
+    if options.insecure and not options.id:
+        raise InputError("--insecure has no key to take the client's id from: name it, --id site-a.")
+    if not options.insecure and not (options.ca and options.key):
+        raise InputError("Give --ca (the server's certificate authority) and --key (this client's private key).")
+    for name in ("data", "ca", "key"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).exists():
+            raise InputError(f"--{name} {path} does not exist.")
+    settings = {name: value for name, _, value in (override.partition("=") for override in overrides)}
+    for name in settings:
+        if name not in OWN_SETTINGS:
+            raise InputError(
+                f"'{name}' is the server's to set.{nearest(name, OWN_SETTINGS)} A client has: "
+                f"{', '.join(OWN_SETTINGS)}."
+            )
+    client = options.id or Path(options.key).stem
+    columns: dict[str, str | None] = {
+        name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")
+    }
+    folder = Path(options.home or f"client-{client}")
+    home = Home(folder, client, str(Path(options.data).resolve()), columns, settings.get("backbone.path"))
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("fedlora").setLevel(logging.INFO)
+    server = options.server if ":" in options.server else f"{options.server}:{PORT}"
+    say("joining", f"{server} as '{client}'; stop with Ctrl-C", "bold")
+    ca, key = options.ca and Path(options.ca), options.key and Path(options.key)
+    join_server(server, home, ca, key, lambda text: say("note", text))

@@ -1,0 +1,192 @@
+"""The deployed engine: logical messages travel to real clients over Flower's SuperLink.
+
+A client is met before it is asked for anything: both sides compare their terms (:mod:`fedlora.deploy.terms`). Who is
+not connected costs nobody any time, and a message to a client that was started again meanwhile is sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.superlink.grid import HttpGrid
+
+from fedlora import wire
+from fedlora.deploy.client import IDENTITY
+from fedlora.deploy.terms import TERMS, Terms
+from fedlora.errors import FedloraError
+from fedlora.grid import ClientGrid, error_reply, reason_of
+from fedlora.ledger import Entry, Ledger
+
+log = logging.getLogger("fedlora")
+POLL_SECONDS = 0.25
+MEETING_SECONDS = 600.0
+SENDINGS = 3
+"""How often a message is sent to a client that is started again before it has answered."""
+
+
+@dataclass
+class Sent:
+    """A message on its way.
+
+    Attributes:
+        request: the logical message.
+        node: where it was sent.
+        activated: when that node was last started.
+        times: how often it was sent.
+    """
+
+    request: Message
+    node: int
+    activated: str
+    times: int = 1
+
+
+class DeployedGrid(ClientGrid):
+    """Sends each logical message to the node of its client and names the reply after the logical client."""
+
+    def __init__(
+        self, grid: HttpGrid, terms: Terms, clients: Sequence[str], authenticated: bool, on_reply: Callable[[], None]
+    ) -> None:
+        """Speak for a run.
+
+        Args:
+            grid: of Flower, for the run.
+            terms: what clients must agree to.
+            clients: who may take part.
+            authenticated: whether the SuperLink knows nodes by their keys; if not, clients are who they say they are.
+            on_reply: called after each reply.
+        """
+        super().__init__()
+        self.grid, self.terms, self.population = grid, terms, tuple(clients)
+        self.authenticated, self.on_reply = authenticated, on_reply
+        self._node_of: dict[str, int] = {}
+        self._refused: dict[tuple[int, str], tuple[str, str]] = {}
+
+    # Who is there.
+
+    def meet(self, server_round: int, clients: Sequence[str], ledger: Ledger) -> dict[str, str]:
+        """Agree with those of ``clients`` that are connected and were not met before.
+
+        Returns:
+            Why some of ``clients`` cannot take part, by client.
+        """
+        met = set(self._node_of.values())
+        strangers = [node for node in self._online().values() if node.node_id not in met and not self._why(node)]
+        if strangers:
+            self._greet(server_round, strangers, ledger)
+        online = self._online()
+        refused = dict(why for node in online.values() if (why := self._why(node)))
+        missing = [client for client in clients if self._node_of.get(client) not in online]
+        return {client: refused.get(client, "it is not connected") for client in missing}
+
+    def connected(self) -> list[str]:
+        """Those that are connected, by their names where Flower knows them."""
+        return [node.name for node in self._online().values()]
+
+    def _why(self, node: Any) -> tuple[str, str] | None:
+        """Which client a node is and why it is refused, as long as nobody has started it again."""
+        return self._refused.get((node.node_id, node.last_activated_at))
+
+    def _online(self) -> dict[int, Any]:
+        """Flower's description of every node that is connected, by its id."""
+        return {node.node_id: node for node in self.grid.get_nodes() if node.status == "online"}
+
+    def _greet(self, server_round: int, nodes: Sequence[Any], ledger: Ledger) -> None:
+        """Send the terms to ``nodes`` and note who they are, or why they are refused."""
+        record = self.terms.record()
+        sent = {}
+        for node in nodes:
+            message = Message(RecordDict({TERMS: record}), node.node_id, MessageType.QUERY)
+            (identifier,) = self.grid.push_messages([message])
+            sent[identifier] = node, message
+        deadline = time.monotonic() + MEETING_SECONDS
+        while sent and time.monotonic() < deadline:
+            for reply in self.grid.pull_messages(list(sent)):
+                node, message = sent.pop(reply.metadata.reply_to_message_id)
+                self._answered(server_round, node, message, reply, ledger)
+            time.sleep(POLL_SECONDS)
+        for node, _ in sent.values():
+            self._refuse(node, f"it did not answer within {MEETING_SECONDS:.0f} s", node.name)
+
+    def _refuse(self, node: Any, reason: str, client: str) -> None:
+        self._refused[node.node_id, node.last_activated_at] = client, reason
+
+    def _answered(self, server_round: int, node: Any, message: Message, reply: Message, ledger: Ledger) -> None:
+        client, status = named(reply) or node.name, "ok"
+        try:
+            self._check(reply, client, node.name)
+            self._node_of[client] = node.node_id
+        except FedloraError as error:
+            status = str(error)
+            self._refuse(node, status, client)
+            log.warning("round %d: client '%s' is refused: %s", server_round, client or "?", error)
+        for direction, travelled, said in (("down", message, "ok"), ("up", reply, status)):
+            size = wire.message_bytes(travelled)
+            ledger.add(Entry(server_round, client or "?", direction, 0, 0, size, said.splitlines()[0][:200]))
+
+    def _check(self, reply: Message, client: str, registered: str) -> None:
+        """See that everything in ``reply`` of ``client`` fits."""
+        if reply.has_error():
+            raise FedloraError(reason_of(reply))
+        identity = reply.content.get(IDENTITY)
+        if self.authenticated and client != registered:
+            raise FedloraError(f"it calls itself '{client}', and its key is that of '{registered}'")
+        if client not in self.population:
+            raise FedloraError(f"it calls itself '{client}', which is none of the clients of this run")
+        if isinstance(identity, ConfigRecord) and "refused" in identity:
+            raise FedloraError(str(identity["refused"]))
+        difference = self.terms.differing(Terms.from_record(reply.content.get(TERMS)))
+        if difference is not None:
+            raise FedloraError(f"the terms of the run: {difference}")
+
+    # What is asked of them.
+
+    def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
+        """Send the requests and wait for all replies, or until ``timeout`` seconds have passed."""
+        online = self._online()
+        waiting: dict[str, Sent] = {}
+        replies: list[Message] = []
+        for request in requests:
+            node = self._node_of.get(self.client_of(request.metadata.dst_node_id))
+            if node is None or node not in online:
+                replies.append(error_reply(request, "it is not connected"))
+                continue
+            self._send(Sent(request, node, online[node].last_activated_at), waiting)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            for reply in self.grid.pull_messages(list(waiting)):
+                request = waiting.pop(reply.metadata.reply_to_message_id).request
+                if reply.has_error():
+                    replies.append(error_reply(request, reason_of(reply)))
+                else:
+                    replies.append(Message(reply.content, reply_to=request))
+                self.on_reply()
+            self._send_again(waiting)
+            time.sleep(POLL_SECONDS)
+        return replies
+
+    def _send(self, sent: Sent, waiting: dict[str, Sent]) -> None:
+        message = Message(sent.request.content, sent.node, sent.request.metadata.message_type)
+        (identifier,) = self.grid.push_messages([message])
+        waiting[identifier] = sent
+
+    def _send_again(self, waiting: dict[str, Sent]) -> None:
+        """Send once more what went to a node that has been started again since: the message is lost there."""
+        online = self._online() if waiting else {}
+        for identifier, sent in list(waiting.items()):
+            node = online.get(sent.node)
+            if node is not None and node.last_activated_at != sent.activated and sent.times < SENDINGS:
+                del waiting[identifier]
+                self._send(Sent(sent.request, sent.node, node.last_activated_at, sent.times + 1), waiting)
+
+
+def named(reply: Message) -> str:
+    """The client that ``reply`` says it is from, if it says so."""
+    identity = reply.content.get(IDENTITY) if reply.has_content() else None
+    client = identity.get("client-id") if isinstance(identity, ConfigRecord) else None
+    return client if isinstance(client, str) else ""
