@@ -74,7 +74,8 @@ class Terms:
         for name, value in values.items():
             if type(value) is not kinds.get(name, str) or (type(value) is list and {type(v) for v in value} - {str}):
                 raise FedloraError(f"the terms of the run are not valid: '{name}' is {value!r:.80}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        settled: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**settled)
 
     def differing(self, own: Terms) -> str | None:
         """The first field in which ``own`` differs, and both values; ``None`` if none does."""
@@ -127,7 +128,7 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
