@@ -31,6 +31,7 @@ Federated LoRA fine-tuning: simulate, compare, then deploy the same configuratio
   fedlora forget "site 3" runs/2026-01-31_12-00-00   take a client out of a finished run
   fedlora serve method=fed_sb data.labels=[no,yes] --certs certs/   the same configuration with real clients
   fedlora join fl.example.org:9092 --data rows.csv --ca ca.crt --key site-a   one of them
+  fedlora certs server certs --host fl.example.org   a server's certificate; 'certs client site-a': a client's key
   fedlora report runs/2026-01-31_12-00-00 -o report.html   one page of figures and a table, to open offline
   fedlora bench --only small --scale 0.25       how fast it is on this machine, and against what"""
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if options.command in ("methods", "resume", "forget", "bench") and overrides:
+    if options.command in ("methods", "resume", "forget", "certs", "bench") and overrides:
         parser.error(f"'{options.command}' takes no settings, got {overrides[0]!r}")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     working_directory = os.getcwd()
@@ -101,6 +102,18 @@ def deployment(command: Callable[..., argparse.ArgumentParser]) -> None:
     join.add_argument("--home", metavar="FOLDER", help="what the client keeps (default client-<id>)")
 
 
+def certificates(certs: argparse.ArgumentParser) -> None:
+    """The two kinds of ``fedlora certs``."""
+    kinds = certs.add_subparsers(dest="kind", metavar="server|client", required=True)
+    server = kinds.add_parser("server", help="certificate of a server, and the authority that clients check it with")
+    server.add_argument("folder", metavar="FOLDER", help="where to; an authority in it is used again")
+    server.add_argument("--host", required=True, metavar="HOST,HOST", help="names and addresses of the server")
+    server.add_argument("--days", type=int, default=365, help="how long the certificate lasts (default 365)")
+    client = kinds.add_parser("client", help="private and public key of a client")
+    client.add_argument("name", metavar="NAME", help="the client's id")
+    client.add_argument("--folder", default=".", metavar="FOLDER", help="where to (default: here)")
+
+
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fedlora", description=DESCRIPTION, epilog=SETTINGS, formatter_class=layout)
@@ -135,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     split = command("split", "write what each client of a simulation owns to a file of its own", SETTINGS)
     split.add_argument("folder", metavar="FOLDER", help="a new folder")
     deployment(command)
+    certificates(command("certs", "certificates of a server, or the key of a client, for a run with real clients"))
     report = command("report", "one page of figures and a table from finished runs, that opens offline")
     report.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, folders of sweeps, patterns")
     report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default report.html)")

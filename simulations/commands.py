@@ -98,6 +98,14 @@ def _forget(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _certs(options: argparse.Namespace, overrides: list[str]) -> int:
+    from simulations.certs import client, server  # only this command needs it
+
+    folder = Path(options.folder)
+    print(server(folder, options.host, options.days) if options.kind == "server" else client(folder, options.name))
+    return 0
+
+
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     from simulations.report import Report  # only this command needs it
 
@@ -144,6 +152,7 @@ COMMANDS = {
     "split": _split,
     "serve": _serve,
     "join": _join,
+    "certs": _certs,
     "report": _report,
     "bench": _bench,
 }
