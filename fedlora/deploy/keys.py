@@ -121,6 +121,21 @@ def public_key_of(path: Path) -> bytes:
     return _openssh(key.public_key())
 
 
+def registered_key(path: Path) -> bytes:
+    """The key in ``path``, a file of OpenSSH's format such as ``site-a.pub``, as Flower's SuperLink keeps it (PEM).
+
+    Raises:
+        InputError: it is no key that Flower takes.
+    """
+    try:
+        key = serialization.load_ssh_public_key(path.read_bytes())
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise InputError(f"{path} is no public EC key in OpenSSH format. 'fedlora certs client NAME' makes NAME.pub.")
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def fingerprint(public: bytes) -> str:
     """``SHA256:...`` of a public key in OpenSSH's format, as ``ssh-keygen -l`` shows it, to compare by telephone.
 

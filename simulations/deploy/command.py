@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Config, nearest
+from fedlora.deploy.keys import public_key_of
 from fedlora.deploy.runtime import quiet_flower
 from fedlora.errors import InputError
 from simulations.cli import PORT
@@ -38,7 +39,7 @@ def serve(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         folder = Path(options.certs)
         for name in SERVER_FILES:
             if not (folder / name).is_file():
-                raise InputError(f"--certs {folder}: there is no {name}. 'fedlora certs' makes one.")
+                raise InputError(f"--certs {folder}: there is no {name}. 'fedlora certs server' makes one.")
         known = tuple(sorted(path.stem for path in (folder / "clients").glob("*.pub")))
         if foreign := sorted(set(named) - set(known)):
             raise InputError(f"--clients {foreign[0]}: there is no key {folder}/clients/{foreign[0]}.pub.")
@@ -74,6 +75,8 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
                 f"'{name}' is the server's to set.{nearest(name, OWN_SETTINGS)} A client has: "
                 f"{', '.join(OWN_SETTINGS)}."
             )
+    if options.key:
+        public_key_of(Path(options.key))
     client = options.id or Path(options.key).stem
     columns: dict[str, str | None] = {
         name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")

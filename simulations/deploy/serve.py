@@ -22,6 +22,7 @@ from flwr.superlink.grid import HttpGrid
 from fedlora.client import Worker
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.datasets import server_dataset
+from fedlora.deploy.keys import registered_key
 from fedlora.deploy.terms import terms_of
 from fedlora.errors import InputError
 from fedlora.federation import Federation, task_of
@@ -63,7 +64,7 @@ class Serving:
         """The public key of every client, by its id."""
         if self.certificates is None:
             return {}
-        return {path.stem: path.read_bytes() for path in sorted((self.certificates / "clients").glob("*.pub"))}
+        return {path.stem: registered_key(path) for path in sorted((self.certificates / "clients").glob("*.pub"))}
 
     def text(self) -> str:
         """As JSON."""

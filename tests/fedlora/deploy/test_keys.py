@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 
 from fedlora.deploy.keys import (
     certificate_fingerprint,
@@ -22,6 +22,7 @@ from fedlora.deploy.keys import (
     make_client_key,
     make_server_certificates,
     public_key_of,
+    registered_key,
 )
 from fedlora.errors import InputError
 
@@ -127,6 +128,7 @@ def test_a_client_key_is_what_flower_takes(tmp_path: Path) -> None:
     assert isinstance(public, ec.EllipticCurvePublicKey)
     assert private.public_key() == public
     assert uses_nist_ec_curve(public)
+    assert registered_key(tmp_path / "site-a.pub") == public_key_to_bytes(public)
     assert (tmp_path / "site-a.pub").read_bytes().startswith(public_key_of(tmp_path / "site-a"))
     assert (
         said == fingerprint(public_key_of(tmp_path / "site-a")) == fingerprint((tmp_path / "site-a.pub").read_bytes())
@@ -175,5 +177,7 @@ def test_a_key_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path) ->
     (tmp_path / "site-a").write_bytes(other)
     with pytest.raises(InputError, match="another kind than EC"):
         public_key_of(tmp_path / "site-a")
+    with pytest.raises(InputError, match="no public EC key"):
+        registered_key(tmp_path / "site-a")
     with pytest.raises(InputError, match="no public key"):
         fingerprint(b"ssh-rsa nothing")
