@@ -11,3 +11,7 @@ class InputError(FedloraError):
     """The configuration or the data cannot work as given. The command exits with status 2."""
 
     exit_code = 2
+
+
+class PolicyError(FedloraError):
+    """A run asks a client for something that its policy does not allow. The text names no number of its data."""
