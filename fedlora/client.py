@@ -17,7 +17,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora import wire
+from fedlora import validation, wire
 from fedlora.adapters import State
 from fedlora.capability import announcement
 from fedlora.cohort import Member, Trained
@@ -35,24 +35,13 @@ from fedlora.privacy.budget import Budget
 from fedlora.privacy.client_level import clipped, moved, update_of
 from fedlora.privacy.mechanism import Mechanism, mechanism_for
 from fedlora.privacy.randomness import Seeded, System
+from fedlora.protocol import CAPABILITY, CLIP, EPSILON, EXAMPLES, LOSS, NOISE
 from fedlora.ranks import crop, pad
 from fedlora.schedule import learning_rate
 from fedlora.seeding import derive_seed, numpy_rng
 from fedlora.store import ClientRecord, ClientStore
 from fedlora.trainer import Frozen, Trainer
 from fedlora.training import pack_batches
-
-GRADIENTS = "gradients"
-"""The instruction that asks a client for the summed gradients of its rows at the start of the run, not for training."""
-CAPABILITY = "capability"
-"""The record in which a client announces what it is able to train, when it is asked by a message of type ``query``."""
-EPSILON = "epsilon"
-"""The metric in which a client says what everything that it has released costs."""
-CLIP, NOISE = "clip-update", "noise-update"
-"""The instructions to clip the whole update to a norm, and to add noise of a standard deviation, before sending."""
-KNOWN_INSTRUCTIONS = {
-    "server-round", "client-id", "pool", "personal", "correction", "restart", "train", "basis", CLIP, NOISE,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,21 +147,24 @@ class Worker:
         """
         if message.metadata.message_type == MessageType.QUERY:
             return self._announcement(message)
-        if asks_for_gradients(message):
+        if validation.asks_for_gradients(message):
             return self._gradients(message)
         job = self.open(message)
         self.trainer.hold(self.frozen(job.references))
         return self.close(job, self.trainer.train([job.member])[0])
 
+    def _asked(self, message: Message) -> dict[str, Any]:
+        """The checked instructions of a message."""
+        return validation.instructions(message, self.federation.index.train)
+
     def _announcement(self, message: Message) -> Message:
-        client = str(message.content.config_records["config"]["client-id"])
+        client = self._asked(message)["client-id"]
         said = ConfigRecord(announcement(self.federation.capability(client)))
         return Message(RecordDict({CAPABILITY: said}), reply_to=message)
 
     def _gradients(self, message: Message) -> Message:
         """Reply with ``{module: [m, n]}``, the gradients of the client's training rows at the start, summed."""
-        client = str(message.content.config_records["config"]["client-id"])
-        federation = self.federation
+        client, federation = self._asked(message)["client-id"], self.federation
         self.reset()
         rows, size = federation.index.train[client], federation.config.client.batch_size
         gradients = loss_gradients(self.model, federation.task, federation.rows, rows, size)
@@ -184,29 +176,22 @@ class Worker:
         Raises:
             FedloraError: the message cannot be understood, or what the client needs never reached it.
         """
-        content = message.content
-        instructions = dict(content.config_records["config"])
-        server_round, client = int(instructions["server-round"]), str(instructions["client-id"])  # pyright: ignore
-        unknown = set(instructions) - KNOWN_INSTRUCTIONS
-        if unknown:
-            raise FedloraError(f"the strategy asks for {sorted(unknown)}, which this client does not do")
-        personal = bool(instructions.get("personal", False))
-        pool = tuple(str(name) for name in instructions.get("pool", [])) or (client,)  # pyright: ignore
-        parts = parts_of(instructions)
-
+        asked, content = self._asked(message), message.content
+        server_round, client = asked["server-round"], asked["client-id"]
+        personal, restart = asked.get("personal", False), asked.get("restart", False)
+        pool, parts = tuple(asked.get("pool", ())) or (client,), parts_of(asked)
+        keys = self.model.trains(parts, self.federation.capability(client))
+        layout = {} if personal else self.layout(client)
+        sent = self._sent(content, {key: layout[key] for key in layout if not restart or key in self.model.head})
         record = self.store.read(client, server_round)
         references = self._held.receive(record.references, content)
-        restart = bool(instructions.get("restart", False))
         state = {
             **self.start_of(client),
             **(self._restarted(server_round, client) if restart else {}),
             **record.private,
+            **sent,
         }
-        if not personal:
-            sent = {key: shape for key, shape in self.layout(client).items() if not restart or key in self.model.head}
-            state |= self._sent(content, sent)
         moments = {} if restart else record.optimizer
-        keys = self.model.trains(parts, self.federation.capability(client))
         member = self.member(self.narrowed(state, client), pool, server_round, client, moments, keys)
         if self.budget is not None and member.privacy is not None:
             self.budget.admit(client, len(member.rows), server_round, member.privacy)
@@ -223,11 +208,15 @@ class Worker:
 
     def _sent(self, content: RecordDict, layout: wire.Layout) -> State:
         """The tensors that came with a message; those of the clients of a round are mostly the same record."""
-        if not layout:
+        record = content.array_records.get("arrays")
+        if record is None and layout:
+            raise FedloraError("it holds no 'arrays' record")
+        if record is None:
             return {}
-        record = content.array_records["arrays"]
+        if not layout:
+            raise FedloraError("it holds tensors that this client has no use for")
         if self._unpacked is None or self._unpacked[0] is not record or self._unpacked[1] != layout:
-            state = wire.unpack(record, layout, self.federation.config.wire.dtype)
+            state = validation.tensors(record, layout, self.federation.config.wire.dtype)
             self._unpacked = record, layout, pad(state, self.model.shapes(layout))
         return self._unpacked[2]
 
@@ -290,9 +279,9 @@ class Worker:
             record = ClientRecord(private, job.references, moments)
             self.store.write(job.client, job.server_round, record)
         privacy = self.federation.config.privacy
-        metrics = MetricRecord({"num-examples": len(job.member.rows) if privacy.send_counts else 1})
+        metrics = MetricRecord({EXAMPLES: len(job.member.rows) if privacy.send_counts else 1})
         if privacy.send_losses:
-            metrics["train_loss"] = trained.loss
+            metrics[LOSS] = trained.loss
         if self.budget is not None and job.member.privacy is not None:
             records, mechanism = len(job.member.rows), job.member.privacy
             metrics[EPSILON] = self.budget.spent(job.client, records, job.server_round, mechanism)
@@ -341,12 +330,7 @@ class Worker:
 
 def asks_for_training(message: Message) -> bool:
     """Whether a client is asked to train, and not for what it can train or for gradients."""
-    return message.metadata.message_type == MessageType.TRAIN and not asks_for_gradients(message)
-
-
-def asks_for_gradients(message: Message) -> bool:
-    """Whether a client is asked for gradients instead of training."""
-    return bool(message.content.config_records["config"].get(GRADIENTS, False))
+    return message.metadata.message_type == MessageType.TRAIN and not validation.asks_for_gradients(message)
 
 
 def client_app(worker: Callable[[], Worker]) -> ClientApp:

@@ -166,9 +166,17 @@ class ClientConfig(Settings):
 
 
 class CohortConfig(Settings):
-    """How many clients train in one round; ``null`` means all."""
+    """Who trains in one round, and what the server takes of them.
+
+    Attributes:
+        size: clients of a round; ``None``: all.
+        max_examples: rows that a client may say it has, which is what its update counts; ``None``: any number.
+        max_update_norm: of what a client may change in the tensors that it sends, all together; ``None``: any.
+    """
 
     size: Count | None
+    max_examples: Count | None = None
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None
 
 
 class CheckpointConfig(Settings):

@@ -8,6 +8,7 @@ versions it missed or the dense sum, whichever is smaller.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,12 +53,12 @@ def layout_of(header: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, t
     """Names and shapes of the tensors of an update; ``shapes`` are ``{module: (m, n)}`` of the model.
 
     Raises:
-        FedloraError: the header speaks of a module that the model does not have.
+        FedloraError: it is no header, or it speaks of a module that the model does not have.
     """
-    _, _, dense, factored, ranks = json.loads(header)
+    _, _, dense, factored, ranks = _parsed(header)
     unknown = [module for module in [*dense, *factored] if module not in shapes]
     if unknown:
-        raise FedloraError(f"base correction for unknown modules {unknown}")
+        raise FedloraError(f"base correction for unknown modules {reprlib.repr(unknown)}")
     layout: dict[str, tuple[int, ...]] = {f"{module}.dense": shapes[module] for module in dense}
     for module, of_module in zip(factored, ranks, strict=True):
         m, n = shapes[module]
@@ -69,7 +70,7 @@ def layout_of(header: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, t
 
 def apply_update(held: Mapping[str, Tensor], header: str, tensors: Mapping[str, Tensor]) -> Dense:
     """Return the new sum: dense parts replace, residuals are added one version after the other in fp32."""
-    _, _, dense, factored, ranks = json.loads(header)
+    _, _, dense, factored, ranks = _parsed(header)
     result = dict(held)
     for module in dense:
         result[module] = tensors[f"{module}.dense"]
@@ -81,9 +82,37 @@ def apply_update(held: Mapping[str, Tensor], header: str, tensors: Mapping[str, 
 
 
 def versions(header: str) -> tuple[int | None, int]:
-    """``(since, until)`` of an update."""
-    since, until, *_ = json.loads(header)
+    """``(since, until)`` of an update.
+
+    Raises:
+        FedloraError: it is no header.
+    """
+    since, until, *_ = _parsed(header)
     return since, until
+
+
+def _parsed(header: str) -> tuple[int | None, int, list[str], list[str], list[list[int]]]:
+    """What :meth:`CorrectionUpdate.header` wrote, or an error for any other text."""
+    try:
+        since, until, dense, factored, ranks = json.loads(header)
+    except (ValueError, TypeError, RecursionError):
+        raise FedloraError(f"{reprlib.repr(header)} describes no base correction") from None
+    modules = [*dense, *factored] if isinstance(dense, list) and isinstance(factored, list) else [None]
+    fits = (
+        type(until) is int
+        and (since is None or (type(since) is int and 0 <= since < until))
+        and until > 0
+        and all(type(module) is str for module in modules)
+        and len(set(modules)) == len(modules)
+        and isinstance(ranks, list)
+        and len(ranks) == len(factored)
+        and all(
+            isinstance(of_module, list) and all(type(r) is int and r >= 0 for r in of_module) for of_module in ranks
+        )
+    )
+    if not fits:
+        raise FedloraError(f"{reprlib.repr(header)} describes no base correction")
+    return since, until, dense, factored, ranks
 
 
 class CorrectionLog:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fedlora import wire
+from fedlora import validation, wire
 from fedlora.errors import FedloraError
 from fedlora.ledger import Entry, Ledger
 from fedlora.ranks import crop
+from fedlora.validation import ReplyRules, printable
 
 CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
 
@@ -39,8 +39,8 @@ def error_reply(request: Message, reason: str) -> Message:
 
 
 def reason_of(reply: Message) -> str:
-    """Why a client failed."""
-    return reply.error.reason or "no reason given"
+    """Why a client failed, as it says: one line."""
+    return printable(reply.error.reason or "") or "no reason given"
 
 
 @contextmanager
@@ -164,8 +164,8 @@ class GridLayer(ClientGrid):
 class CodecGrid(GridLayer):
     """Packs arrays into one buffer of the wire dtype, and checks and unpacks what comes back.
 
-    A reply that does not fit the layout or holds a number that is not finite becomes an error of that client. A client
-    of smaller rank gets, and gives, the leading part of every factor.
+    A reply that is not what it should be (:mod:`fedlora.validation`) becomes an error of that client. A client of
+    smaller rank gets, and gives, the leading part of every factor.
     """
 
     def __init__(
@@ -174,17 +174,18 @@ class CodecGrid(GridLayer):
         layout: Callable[[str], wire.Layout],
         answer: Callable[[str, tuple[str, ...]], wire.Layout],
         dtype: str,
-        losses: bool = True,
+        rules: ReplyRules = ReplyRules(),  # noqa: B008  it cannot change
     ) -> None:
         """Names and shapes: ``layout`` of what goes to a client, ``answer`` of what comes back.
 
-        ``answer`` gets the factors that the client was asked to train, none for all of them. ``losses``: whether a
-        reply must have the training loss.
+        ``answer`` gets the factors that the client was asked to train, none for all of them. ``rules``: what else a
+        reply must be.
         """
         super().__init__(inner)
         self.layout, self.answer = layout, answer
-        self.dtype, self.losses = dtype, losses
+        self.dtype, self.rules = dtype, rules
         self._packed: dict[tuple[Any, ...], tuple[ArrayRecord, ArrayRecord]] = {}
+        self._states: dict[int, dict[str, Tensor]] = {}  # what was packed, where updates are measured
         self._sent = 0
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
@@ -193,6 +194,7 @@ class CodecGrid(GridLayer):
             return super().exchange(requests, timeout)
         finally:
             self._packed.clear()
+            self._states.clear()
 
     def down(self, request: Message) -> Message:
         """Pack the arrays (a record once for all clients of one layout) and address the message to its client."""
@@ -212,55 +214,41 @@ class CodecGrid(GridLayer):
     def up(self, request: Message, reply: Message) -> Message:
         """Unpack into ordinary arrays, or turn the reply into an error that says what is wrong with it."""
         if reply.has_error():
-            return reply
-        content = RecordDict(dict(reply.content))
+            return error_reply(request, reason_of(reply))
         try:
-            _check_metrics(content, self.losses)
-            if "arrays" in request.content or "arrays" in content:
-                state = self._unpack(request, content)
-                content["arrays"] = wire.TensorRecord(state)
+            return Message(self.checked(request, reply), reply_to=request)
         except FedloraError as error:
             return error_reply(request, f"refused reply: {error}")
-        return Message(content, reply_to=request)
 
-    def _unpack(self, request: Message, content: RecordDict) -> dict[str, Tensor]:
-        record = content.get("arrays")
-        if not isinstance(record, ArrayRecord):
-            raise FedloraError("it holds no arrays")
+    def checked(self, request: Message, reply: Message) -> RecordDict:
+        """What of a reply the strategy sees.
+
+        Raises:
+            FedloraError: it cannot be used.
+        """
+        asked = request.content.config_records["config"]
         client = self.client_of(request.metadata.dst_node_id)
-        layout = self.answer(client, parts_of(request.content.config_records["config"]))
-        flat = wire.numbers(record, layout, self.dtype)
-        state = wire.views(flat, layout)
-        if not bool(flat.sum().isfinite()):  # or the numbers are only large
-            broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
-            if broken:
-                raise FedloraError(f"tensor '{broken[0]}' holds numbers that are not finite")
-        return state
+        layout = None if asked.get("personal", False) else self.answer(client, parts_of(asked))
+
+        sent = self._states.get(id(request.content.get("arrays")), {})
+        return validation.trained(reply, self.rules, layout, self.dtype, sent)
 
     def _pack(self, record: ArrayRecord, layout: wire.Layout | None) -> ArrayRecord:
         """``record`` cropped to ``layout`` in the wire dtype, or whole in fp32 where there is no layout."""
         key = (id(record), None if layout is None else tuple(layout.values()))
         if key not in self._packed:
             state = wire.from_record(record)
-            packed = wire.pack(state) if layout is None else wire.pack(crop(state, layout), self.dtype)
+            state = state if layout is None else crop(state, layout)
+            packed = wire.pack(state, "fp32" if layout is None else self.dtype)
             self._packed[key] = (record, packed)  # the record too: another one must not get its id
+            if self.rules.max_update_norm is not None:
+                self._states[id(packed)] = state
         return self._packed[key][1]
 
 
 def parts_of(instructions: Mapping[str, Any]) -> tuple[str, ...]:
     """The factors that a message asks to train, and so the ones that its reply holds; none: all."""
     return tuple(str(part) for part in instructions.get("train", ()))
-
-
-def _check_metrics(content: RecordDict, losses: bool) -> None:
-    """Refuse a reply without a number of examples that can be a weight, or without a finite loss it must have."""
-    record = content.get("metrics")
-    metrics = record if isinstance(record, MetricRecord) else {}
-    examples, loss = metrics.get("num-examples"), metrics.get("train_loss", None if losses else 0.0)
-    if not isinstance(examples, int) or examples < 1:
-        raise FedloraError(f"num-examples is {examples!r}, not a positive integer")
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
-        raise FedloraError(f"train_loss is {loss!r}, not a finite number")
 
 
 class SetupGrid(GridLayer):
@@ -318,6 +306,6 @@ class MeterGrid(GridLayer):
                 payload=sum(sizes.values()),
                 setup=setup,
                 message=wire.message_bytes(message),
-                status=status.splitlines()[0][:200],
+                status=status[:200],
             )
         )

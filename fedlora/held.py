@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedlora import correction, wire
+from fedlora import correction, validation, wire
 from fedlora.errors import FedloraError
 from fedlora.model import AdaptedModel
 from fedlora.store import ClientStore
@@ -28,13 +28,10 @@ class Held:
         Raises:
             FedloraError: it does not fit what the client holds, or what the client needs never reached it.
         """
-        references = dict(held)
+        references, new = dict(held), {}
         setup = content.array_records.get("setup")
         if setup is not None:
-            key = _key("setup", setup)
-            if not self.store.has_shared(key):
-                self.store.put_shared(key, wire.unpack(setup, self.model.shapes(self.model.frozen)))
-            references["setup"] = key
+            references["setup"] = self._received(setup, new)
         drawn_after = content.config_records["config"].get("basis")
         if drawn_after is not None:
             references["setup"] = self._drawn(int(drawn_after))  # pyright: ignore
@@ -42,7 +39,10 @@ class Held:
             raise FedloraError("the frozen basis never reached this client")
         header = content.config_records["config"].get("correction")
         if header is not None:
-            references["correction"] = self._corrected(references, str(header), content.array_records["correction"])
+            record = content.array_records["correction"]
+            references["correction"] = self._corrected(references, str(header), record, new)
+        for key, tensors in new.items():  # all of it is known to be good
+            self.store.put_shared(key, tensors)
         return references
 
     def content(self, kind: str, references: Mapping[str, str]) -> dict[str, Tensor]:
@@ -55,6 +55,17 @@ class Held:
             cached = self._content[kind] = (key, self.store.get_shared(key))
         return cached[1]
 
+    def _received(self, record: ArrayRecord, new: dict[str, dict[str, Tensor]]) -> str:
+        """The name of a basis; one that is not stored yet is added to ``new``."""
+        layout = self.model.shapes(self.model.frozen)
+        if not layout:
+            raise FedloraError(f"adapter={self.model.adapter.label} has no frozen basis to receive")
+        wire.require_layout(record, layout)
+        key = _key("setup", record)
+        if not self.store.has_shared(key):
+            new[key] = validation.tensors(record, layout)
+        return key
+
     def _drawn(self, server_round: int) -> str:
         """Draw the basis that is new after ``server_round``, once for all clients."""
         key = f"basis-{server_round}"
@@ -62,8 +73,12 @@ class Held:
             self.store.put_shared(key, self.model.adapter.drawn(self.model.layers, self.model.seed, server_round))
         return key
 
-    def _corrected(self, references: Mapping[str, str], header: str, record: ArrayRecord) -> str:
+    def _corrected(
+        self, references: Mapping[str, str], header: str, record: ArrayRecord, new: dict[str, dict[str, Tensor]]
+    ) -> str:
         """Bring the client's base correction up to date; content reached by the same way is computed once."""
+        layout = correction.layout_of(header, self.model.weight_shapes)
+        wire.require_layout(record, layout)
         since, until = correction.versions(header)
         before = references.get("correction", "0-none")
         held_version = int(before.split("-")[0])
@@ -72,9 +87,11 @@ class Held:
         digest = hashlib.blake2b(f"{before}|{header}|{_key('correction', record)}".encode(), digest_size=12).hexdigest()
         key = f"{until}-{digest}"
         if not self.store.has_shared(key):
-            tensors = wire.unpack(record, correction.layout_of(header, self.model.weight_shapes))
+            tensors = validation.tensors(record, layout)
             held = self.store.get_shared(before) if "correction" in references else {}
-            self.store.put_shared(key, correction.apply_update(held, header, tensors))
+            new[key] = correction.apply_update(held, header, tensors)
+            if not all(bool(value.isfinite().all()) for value in new[key].values()):
+                raise FedloraError("the base correction adds up to numbers that are not finite")
         return key
 
 

@@ -63,7 +63,7 @@ class Ledger:
         newest, places = self._replies
         if newest == server_round and client in places:
             place = places[client]
-            self.entries[place] = replace(self.entries[place], status=reason.splitlines()[0][:200])
+            self.entries[place] = replace(self.entries[place], status=reason[:200])
 
     def since(self, server_round: int) -> Ledger:
         """The entries after ``server_round``; the rounds of a ledger only rise while a run goes on."""

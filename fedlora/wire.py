@@ -8,6 +8,7 @@ packed array has neither limit.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import lru_cache
 from math import prod
@@ -46,23 +47,37 @@ def unpack(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> dict[str
     return views(numbers(record, layout, dtype), layout)
 
 
+def require_layout(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> Array:
+    """Return the one array of a packed record.
+
+    Raises:
+        FedloraError: the record is not packed, or its type, shape or size does not match the layout.
+    """
+    array = record.get(PACKED)
+    if array is None or len(record) != 1 or array.stype != STYPE:
+        stored = {name: each.stype for name, each in record.items()}
+        raise FedloraError(f"expected one packed array ({STYPE}), got {reprlib.repr(stored)}")
+    if array.dtype != _NAMES[dtype]:
+        raise FedloraError(f"expected wire.dtype {dtype}, got {array.dtype[:20]}")
+    count = sum(map(prod, layout.values()))
+    expected = count * DTYPES[dtype].itemsize
+    if len(array.data) != expected:
+        raise FedloraError(f"expected {expected} bytes for {len(layout)} tensors, got {len(array.data)}")
+    if array.shape != (count,):
+        raise FedloraError(f"expected shape ({count},), got {reprlib.repr(array.shape)}")
+    return array
+
+
 def numbers(record: ArrayRecord, layout: Layout, dtype: str = "fp32") -> torch.Tensor:
     """Return a copy of all numbers of a packed record in fp32, shape ``[numbers of layout]``.
 
     Raises:
-        FedloraError: the record is not packed, or its type or size does not match the layout.
+        FedloraError: as :func:`require_layout`.
     """
-    array = record.get(PACKED)
-    if array is None or len(record) != 1 or array.stype != STYPE:
-        raise FedloraError(f"expected one packed array, got arrays {sorted(record)}")
-    if array.dtype != _NAMES[dtype]:
-        raise FedloraError(f"expected wire.dtype {dtype}, got {array.dtype}")
-    expected = sum(map(prod, layout.values())) * DTYPES[dtype].itemsize
-    if len(array.data) != expected:
-        raise FedloraError(f"expected {expected} bytes for {len(layout)} tensors, got {len(array.data)}")
-    if expected == 0:
+    data = require_layout(record, layout, dtype).data
+    if not data:
         return torch.zeros(0)
-    return torch.from_numpy(np.frombuffer(array.data, dtype=np.uint8).copy()).view(DTYPES[dtype]).float()
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()).view(DTYPES[dtype]).float()
 
 
 def views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:

@@ -11,11 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from fedlora import validation
 from fedlora.capability import WHOLE, Capability, announced
-from fedlora.client import CAPABILITY
 from fedlora.errors import FedloraError
 from fedlora.grid import ClientGrid, CodecGrid, reason_of
 from fedlora.model import AdaptedModel
+from fedlora.protocol import CAPABILITY
 
 
 class AnnouncementGrid(CodecGrid):
@@ -24,9 +25,9 @@ class AnnouncementGrid(CodecGrid):
     def __init__(self, inner: ClientGrid) -> None:
         super().__init__(inner, lambda client: {}, lambda client, parts: {}, "fp32")
 
-    def up(self, request: Message, reply: Message) -> Message:
-        """The answer as it came."""
-        return reply
+    def checked(self, request: Message, reply: Message) -> RecordDict:
+        """The one record of the answer."""
+        return RecordDict({CAPABILITY: validation.announcement(reply)})
 
 
 class Capabilities:
@@ -85,10 +86,7 @@ class Capabilities:
     def _served(self, reply: Message) -> Capability:
         if reply.has_error():
             raise FedloraError(reason_of(reply))
-        said = reply.content.get(CAPABILITY)
-        if not isinstance(said, ConfigRecord):
-            raise FedloraError(f"it holds no '{CAPABILITY}' record")
-        capability = announced(said, self.differences)
+        capability = announced(reply.content.config_records[CAPABILITY], self.differences)
         self.model.adapter.require(capability)
         self.model.trains(capability=capability)
         return capability

@@ -12,11 +12,10 @@ from typing import cast
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from fedlora import wire
+from fedlora import validation, wire
 from fedlora.adapters import State
-from fedlora.client import GRADIENTS
-from fedlora.errors import FedloraError
-from fedlora.grid import ClientGrid, CodecGrid, error_reply
+from fedlora.grid import ClientGrid, CodecGrid
+from fedlora.protocol import GRADIENTS
 
 
 class GradientGrid(CodecGrid):
@@ -27,18 +26,9 @@ class GradientGrid(CodecGrid):
         super().__init__(inner, lambda client: {}, lambda client, parts: layout, "fp32")
         self._gradients = layout
 
-    def up(self, request: Message, reply: Message) -> Message:
-        """The gradients as ordinary arrays, or the error of a client whose answer cannot be used."""
-        if reply.has_error():
-            return reply
-        try:
-            gradients = wire.unpack(reply.content.array_records.get("setup", ArrayRecord()), self._gradients)
-            broken = [name for name, value in gradients.items() if not bool(value.isfinite().all())]
-            if broken:
-                raise FedloraError(f"the gradient of '{broken[0]}' holds numbers that are not finite")
-        except FedloraError as error:
-            return error_reply(request, f"refused reply: {error}")
-        return Message(RecordDict({"gradients": wire.TensorRecord(gradients)}), reply_to=request)
+    def checked(self, request: Message, reply: Message) -> RecordDict:
+        """The gradients as ordinary arrays."""
+        return RecordDict({"gradients": wire.TensorRecord(validation.gradients(reply, self._gradients))})
 
 
 def ask(grid: ClientGrid, clients: Sequence[str]) -> list[Message]:

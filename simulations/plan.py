@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import wire
 from fedlora.adapters import State, registered
 from fedlora.capability import announcement
-from fedlora.client import CAPABILITY, EPSILON, GRADIENTS
 from fedlora.config import Config
 from fedlora.federation import Federation
 from fedlora.grid import node_of, parts_of
@@ -33,6 +32,7 @@ from fedlora.personal.model import PersonalModel
 from fedlora.personal.work import flops_per_token
 from fedlora.plugins import load_object
 from fedlora.privacy.outlook import record_privacy
+from fedlora.protocol import CAPABILITY, EPSILON, GRADIENTS
 from fedlora.ranks import crop
 from fedlora.training import steps_for
 from simulations.client_privacy import client_level

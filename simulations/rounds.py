@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora import wire
 from fedlora.adapters import State
 from fedlora.capability import Capability, announced, announcement
-from fedlora.client import EPSILON, Worker
+from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
 from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
 from fedlora.layouts import Layouts
@@ -24,6 +24,8 @@ from fedlora.ledger import Ledger
 from fedlora.privacy.accounting import finite
 from fedlora.privacy.budget import SITS_OUT
 from fedlora.privacy.statement import SIMULATED
+from fedlora.protocol import EPSILON
+from fedlora.validation import ReplyRules
 from simulations import checkpoint
 from simulations.announcements import Capabilities
 from simulations.callbacks import Callback
@@ -95,8 +97,8 @@ class FederatedRun:
         self._setup = SetupGrid(self._metered(engine), self.frozen if self.sends_frozen else {}, self._delivered)
         self._delivered = self._setup.delivered
         layouts = Layouts(self.worker.model, self._capabilities.of)
-        losses = self.config.privacy.send_losses
-        return CodecGrid(self._setup, layouts.down, layouts.up, self.config.wire.dtype, losses)
+        rules = ReplyRules.of(self.config)
+        return CodecGrid(self._setup, layouts.down, layouts.up, self.config.wire.dtype, rules)
 
     def _metered(self, engine: ClientGrid) -> ClientGrid:
         return MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fedlora import wire
 from fedlora.adapters import State
-from fedlora.client import CLIP, NOISE
 from fedlora.config import PrivacyConfig
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
 from fedlora.privacy.client_level import clipped_sum, epsilon_of, moved, next_clip, split_noise, update_of
 from fedlora.privacy.randomness import Seeded
 from fedlora.privacy.statement import privacy_summary
+from fedlora.protocol import CLIP, NOISE
 from fedlora.seeding import derive_seed
 from strategies.average import Average
 from strategies.fed_sb import FedSB

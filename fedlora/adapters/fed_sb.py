@@ -108,6 +108,8 @@ class FedSB(LowRankAdapter):
 
     def drawn(self, layers: Mapping[str, LoraLayer], seed: int, server_round: int) -> State:
         """The seeded basis that is new after ``server_round``, the same for the server and every client."""
+        if self.settings.basis != "seeded":
+            return super().drawn(layers, seed, server_round)
         return self.refreshed(layers, None, {}, derive_seed(seed, "refresh", server_round))
 
     def refreshed(

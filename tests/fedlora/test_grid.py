@@ -77,17 +77,17 @@ LIES = {
     "huge": (state_reply(lambda state: {**state, "more": torch.zeros(10**6)}), "expected 64 bytes"),
     "other type": (lambda message: reply(message, wire.pack(numbers(), "bf16")), "got bfloat16"),
     "unpacked": (lambda message: reply(message, wire.to_record(numbers())), "expected one packed array"),
-    "no arrays": (lambda message: reply(message, None), "no arrays"),
+    "no arrays": (lambda message: reply(message, None), "no 'arrays' record"),
     "arrays of another kind": (
         raw_reply(
             RecordDict({"arrays": ConfigRecord(), "metrics": MetricRecord({"num-examples": 1, "train_loss": 0.1})})
         ),
-        "no arrays",
+        "'arrays' is a ConfigRecord",
     ),
-    "no metrics": (raw_reply(RecordDict({"arrays": wire.pack(numbers())})), "num-examples is None"),
+    "no metrics": (raw_reply(RecordDict({"arrays": wire.pack(numbers())})), "no 'metrics' record"),
     "metrics of another kind": (
         raw_reply(RecordDict({"arrays": wire.pack(numbers()), "metrics": ConfigRecord()})),
-        "num-examples is None",
+        "'metrics' is a ConfigRecord, not a MetricRecord",
     ),
     "no examples": (raw_reply(metrics(num_examples=0, train_loss=0.1)), "num-examples is 0"),
     "negative examples": (raw_reply(metrics(num_examples=-5, train_loss=0.1)), "num-examples is -5"),
@@ -323,7 +323,7 @@ def test_the_ledger_holds_the_bytes_of_the_messages(dtype: str):
     assert [entry.payload for entry in up] == [payload, 0, payload] * 2
     assert [entry.setup for entry in down] == [24, 24, 24, 0, 24, 0]
     assert [entry.setup for entry in up] == [0] * 6
-    assert [entry.status for entry in up] == ["ok", "out of memory", "ok"] * 2
+    assert [entry.status for entry in up] == ["ok", "out of memory at line 3", "ok"] * 2
 
 
 def test_a_correction_counts_as_payload():

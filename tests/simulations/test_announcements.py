@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.capability import Capability, announced, announcement
-from fedlora.client import CAPABILITY, Worker, client_app
+from fedlora.client import Worker, client_app
 from fedlora.config import Config
 from fedlora.errors import FedloraError
 from fedlora.federation import Federation
+from fedlora.protocol import CAPABILITY
 from fedlora.store import ClientStore
 from simulations.engines.loop import LoopGrid
 from simulations.plan import plan_run

@@ -9,9 +9,10 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from fedlora.client import CLIP, NOISE, Worker
+from fedlora.client import Worker
 from fedlora.federation import Federation
 from fedlora.privacy.client_level import update_of
+from fedlora.protocol import CLIP, NOISE
 from fedlora.store import ClientStore
 from tests.conftest import Compose
 from tests.fedlora.test_client import message_to, returned

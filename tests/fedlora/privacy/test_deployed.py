@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fedlora import wire
-from fedlora.client import CLIP, NOISE, Worker, instruct
+from fedlora.client import Worker, instruct
 from fedlora.federation import Federation
 from fedlora.grid import node_of
+from fedlora.protocol import CLIP, NOISE
 from fedlora.store import ClientStore
 from tests.conftest import Compose
 from tests.fedlora.helpers import request
