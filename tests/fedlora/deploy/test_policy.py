@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,17 @@ def test_a_policy_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> Non
         Policy.read(tmp_path / "none.yaml")
 
 
-def add(folder: Path) -> None:
+def add(folder: Path, together: Barrier) -> None:
+    together.wait(60)
     for _ in range(50):
         with Allowance(folder).changing("run") as used:
             used.upload += 1
 
 
 def test_processes_of_one_client_count_together(tmp_path: Path) -> None:
-    processes = [multiprocessing.get_context("spawn").Process(target=add, args=(tmp_path,)) for _ in range(2)]
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(2)
+    processes = [context.Process(target=add, args=(tmp_path, together)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
