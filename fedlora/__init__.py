@@ -18,7 +18,7 @@ for _variable, _value in {
 # It reports a faster kernel that could be fetched from the network.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

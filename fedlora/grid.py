@@ -1,8 +1,9 @@
 """The seam between strategies and execution: a stack of Flower Grids.
 
 strategy (ordinary fp32 arrays) -> :class:`CodecGrid` (packing, wire dtype) -> :class:`SetupGrid` (what is sent once)
--> :class:`MeterGrid` (the ledger) -> engine. Messages are logical: each is addressed to one client of the round's
-cohort, whose node id is a hash of its client id, so any Flower strategy works and every engine counts the same bytes.
+-> :class:`fedlora.meter.MeterGrid` (the ledger) -> engine. Messages are logical: each is addressed to one client of the
+round's cohort, whose node id is a hash of its client id, so any Flower strategy works and every engine counts the same
+bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from fedlora import validation, wire
 from fedlora.errors import FedloraError
-from fedlora.ledger import Entry, Ledger
 from fedlora.ranks import crop
 from fedlora.validation import ReplyRules, printable
 
@@ -275,37 +275,3 @@ class SetupGrid(GridLayer):
         client = self.client_of(request.metadata.dst_node_id)
         (self.delivered.discard if reply.has_error() else self.delivered.add)(client)
         return reply
-
-
-class MeterGrid(GridLayer):
-    """Writes one ledger entry for every message: payload, setup and the exact length of the serialised message."""
-
-    def __init__(self, inner: ClientGrid, ledger: Ledger) -> None:
-        super().__init__(inner)
-        self.ledger = ledger
-
-    def down(self, request: Message) -> Message:
-        """Record the message to the client."""
-        self._record(request, request, "down")
-        return request
-
-    def up(self, request: Message, reply: Message) -> Message:
-        """Record the reply."""
-        self._record(request, reply, "up", reason_of(reply) if reply.has_error() else "ok")
-        return reply
-
-    def _record(self, request: Message, message: Message, direction: str, status: str = "ok") -> None:
-        content = message.content if message.has_content() else {}
-        sizes = {name: wire.tensor_bytes(r) for name, r in content.items() if isinstance(r, ArrayRecord)}
-        setup = sizes.pop("setup", 0)
-        self.ledger.add(
-            Entry(
-                round=self.server_round,
-                client=self.client_of(request.metadata.dst_node_id),
-                direction=direction,
-                payload=sum(sizes.values()),
-                setup=setup,
-                message=wire.message_bytes(message),
-                status=status[:200],
-            )
-        )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from fedlora.errors import FedloraError
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -20,6 +22,7 @@ class Entry:
         payload: tensor bytes, without setup.
         setup: tensor bytes sent once, such as a basis.
         message: length of the serialised message that carries both.
+        transport: bytes on the client's socket in this direction because of the message and its answer.
         status: ``ok`` or why the message was not used.
     """
 
@@ -29,11 +32,13 @@ class Entry:
     payload: int
     setup: int
     message: int
+    transport: int
     status: str = "ok"
 
 
-TOTALS = ("payload_up", "payload_down", "message_up", "message_down", "setup_bytes")
-COLUMNS = ("round", "client", "direction", "payload", "setup", "message", "status")
+BOTH_WAYS = ("payload_up", "payload_down", "message_up", "message_down", "transport_up", "transport_down")
+TOTALS = (*BOTH_WAYS, "setup_bytes")
+COLUMNS = ("round", "client", "direction", "payload", "setup", "message", "transport", "status")
 
 
 class Ledger:
@@ -42,28 +47,35 @@ class Ledger:
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: list[Entry] = []
         self._rounds: dict[int, dict[str, int]] = {}
-        self._replies: tuple[int, dict[str, int]] = (0, {})  # of the newest round: client -> place
+        self._newest: tuple[int, dict[tuple[str, str], int]] = (0, {})  # round; direction, client -> place of the last
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
         """Append one message."""
-        if entry.direction == "up":
-            if entry.round != self._replies[0]:
-                self._replies = (entry.round, {})
-            self._replies[1][entry.client] = len(self.entries)
+        if entry.round != self._newest[0]:
+            self._newest = (entry.round, {})
+        self._newest[1][entry.direction, entry.client] = len(self.entries)
         self.entries.append(entry)
         sums = self._rounds.setdefault(entry.round, dict.fromkeys(TOTALS, 0))
         sums[f"payload_{entry.direction}"] += entry.payload
         sums[f"message_{entry.direction}"] += entry.message
+        sums[f"transport_{entry.direction}"] += entry.transport
         sums["setup_bytes"] += entry.setup
 
     def refuse(self, server_round: int, client: str, reason: str) -> None:
         """Note that the reply of ``client`` in the newest round travelled but was not used, and why."""
-        newest, places = self._replies
-        if newest == server_round and client in places:
-            place = places[client]
+        newest, places = self._newest
+        place = places.get(("up", client))
+        if newest == server_round and place is not None:
             self.entries[place] = replace(self.entries[place], status=reason[:200])
+
+    def acknowledge(self, client: str, count: int) -> None:
+        """Add what the server says to a reply to the ``transport`` of the message that ``client`` answers."""
+        newest, places = self._newest
+        place = places["down", client]
+        self.entries[place] = replace(self.entries[place], transport=self.entries[place].transport + count)
+        self._rounds[newest]["transport_down"] += count
 
     def since(self, server_round: int) -> Ledger:
         """The entries after ``server_round``; the rounds of a ledger only rise while a run goes on."""
@@ -73,7 +85,7 @@ class Ledger:
         return Ledger(self.entries[place:])
 
     def round_totals(self, server_round: int) -> dict[str, int]:
-        """``payload_up``, ``payload_down``, ``message_up``, ``message_down`` and ``setup_bytes`` of one round."""
+        """Payload, message and transport bytes of one round, up and down, and ``setup_bytes``."""
         return dict(self._rounds.get(server_round, dict.fromkeys(TOTALS, 0)))
 
     def totals(self) -> dict[str, int]:
@@ -94,6 +106,13 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        """Read a table written by :meth:`write`."""
-        rows = pd.read_parquet(path).to_dict("records")
+        """Read a table written by :meth:`write`.
+
+        Raises:
+            FedloraError: it was written by a version that did not count the same.
+        """
+        frame = pd.read_parquet(path)
+        if tuple(frame.columns) != COLUMNS:
+            raise FedloraError(f"{path} was written by another version of fedlora: start the run again")
+        rows = frame.to_dict("records")
         return cls(Entry(**{str(key): value for key, value in row.items()}) for row in rows)

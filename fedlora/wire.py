@@ -16,14 +16,16 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 
 from fedlora.errors import FedloraError
 
 Layout = Mapping[str, tuple[int, ...]]
+Record = ArrayRecord | ConfigRecord | MetricRecord
 PACKED = "packed"
 STYPE = "fedlora.packed"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -196,19 +198,33 @@ def message_bytes(message: Message) -> int:
     """
     metadata = metadata_to_proto(message.metadata)
     metadata.message_id = ""
+    return _total(message_object(message, metadata))
+
+
+Object = tuple[int, tuple["Object", ...]]
+"""An object that Flower makes of a message or of a part of it: its length in bytes, and its children."""
+
+
+def message_object(message: Message, metadata: ProtoMetadata) -> Object:
+    """The objects of a message that has this ``metadata``, as a tree."""
+    children = (_content_object(message.content),) if message.has_content() else ()
     error = error_to_proto(message.error) if message.has_error() else None
-    size = _object_bytes("Message", int(message.has_content()), ProtoMessage(metadata=metadata, error=error).ByteSize())
-    if not message.has_content():
-        return size
-    content = message.content
-    size += _references("RecordDict", tuple(content))
-    for record in content.values():
-        if not isinstance(record, ArrayRecord):
-            size += len(record.deflate())
-            continue
-        size += _references("ArrayRecord", tuple(record))
-        size += sum(_array_bytes(array.dtype, array.shape, array.stype, len(array.data)) for array in record.values())
-    return size
+    return _object_bytes("Message", len(children), ProtoMessage(metadata=metadata, error=error).ByteSize()), children
+
+
+def _content_object(content: RecordDict) -> Object:
+    return _references("RecordDict", tuple(content)), tuple(_record_object(record) for record in content.values())
+
+
+def _record_object(record: Record) -> Object:
+    if not isinstance(record, ArrayRecord):
+        return len(record.deflate()), ()
+    arrays = (_array_object(array.dtype, array.shape, array.stype, len(array.data)) for array in record.values())
+    return _references("ArrayRecord", tuple(record)), tuple(arrays)
+
+
+def _total(tree: Object) -> int:
+    return tree[0] + sum(map(_total, tree[1]))
 
 
 _ID_LENGTH = 64  # a SHA-256 in hexadecimal
@@ -225,9 +241,9 @@ def _references(kind: str, names: tuple[str, ...]) -> int:
 
 
 @lru_cache(maxsize=256)
-def _array_bytes(dtype: str, shape: tuple[int, ...], stype: str, length: int) -> int:
-    """Size of an array of ``length`` bytes and of its chunks."""
+def _array_object(dtype: str, shape: tuple[int, ...], stype: str, length: int) -> Object:
+    """An array of ``length`` bytes and its chunks."""
     chunks = [min(CHUNK_BYTES, length - start) for start in range(0, length, CHUNK_BYTES)]
     description = {"dtype": dtype, "shape": shape, "stype": stype, "arraychunk_ids": list(range(len(chunks)))}
     own = _object_bytes("Array", len(chunks), len(json.dumps(description)))
-    return own + sum(_object_bytes("ArrayChunk", 0, chunk) for chunk in chunks)
+    return own, tuple((_object_bytes("ArrayChunk", 0, chunk), ()) for chunk in chunks)

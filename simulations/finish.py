@@ -15,6 +15,7 @@ from fedlora.client import worker_for
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.export import export_adapter, export_merged
+from fedlora.ledger import BOTH_WAYS
 from fedlora.model import AdaptedModel
 from fedlora.privacy.outlook import record_privacy
 from fedlora.privacy.statement import private_label
@@ -68,9 +69,7 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
         "final": {key: last[key] for key in EVALUATED},
         "best": run.best,
         "totals": totals,
-        "per_round": {
-            key: totals[key] / trained for key in ("payload_up", "payload_down", "message_up", "message_down")
-        },
+        "per_round": {key: totals[key] / trained for key in BOTH_WAYS},
         "communicates": run.ours is None or run.ours.communicates,
         "privacy": privacy,
         "aggregation_error": {"max": max(errors), "last": errors[-1]} if errors else None,

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from fedlora.privacy.outlook import record_privacy
 from fedlora.protocol import CAPABILITY, EPSILON, GRADIENTS
 from fedlora.ranks import crop
 from fedlora.training import steps_for
+from fedlora.transport import Traffic, transport_bytes
 from simulations.client_privacy import client_level
 from simulations.compose import CONF, choices_of, options, own_pair
 from simulations.finish import label
@@ -51,7 +52,8 @@ def plan_run(config: Config) -> dict[str, Any]:
     """Return the plan of one run: parameters and bytes per client and round, per run, memory and work.
 
     ``upload_params``, ``download_params`` are per client and round (the mean where rounds differ), ``setup_params``
-    once per client (again whenever the strategy changes them); ``total_bytes`` is every message of the run.
+    once per client (again whenever the strategy changes them); ``total_bytes`` is every message of the run,
+    ``total_transport_bytes`` what they cost on the clients' sockets (:mod:`fedlora.transport`, over TLS).
 
     Raises:
         InputError: as the run itself would.
@@ -84,8 +86,10 @@ def plan_run(config: Config) -> dict[str, Any]:
         "payload_down_per_client": traffic["payload_down"] / messages,
         "setup_bytes_per_client": setup * FP32,
         "message_bytes_per_client_round": (traffic["message_up"] + traffic["message_down"]) / messages,
+        "transport_bytes_per_client_round": (traffic["transport_up"] + traffic["transport_down"]) / messages,
         **{key: traffic[key] for key in TOTALS},
         "total_bytes": traffic["message_up"] + traffic["message_down"],
+        "total_transport_bytes": traffic["transport_up"] + traffic["transport_down"],
         "per_round": traffic["per_round"],
         "client_memory_bytes": weights_held + step,
         "run_memory_bytes": predicted_peak(federation, model, weights_held, step),
@@ -101,7 +105,7 @@ def _traffic(
     rounds: int,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Payload, setup and message bytes of every round, from the real sampler and strategy on meta tensors.
+    """Payload, setup, message and transport bytes of every round, from the real sampler and strategy on meta tensors.
 
     ``more``: instructions to every client beside those of the strategy.
     """
@@ -124,10 +128,8 @@ def _traffic(
         size = sum(prod(shape) for shape in model.weight_shapes.values()) * FP32
         for client in cohort(config, federation.clients, 1):
             total["setup_bytes"] += size
-            total["message_down"] += _message_down(
-                node_of(client), client, 0, "fp32", 0, 0, 0, None, ((GRADIENTS, True),)
-            )
-            total["message_up"] += _reply(node_of(client), RecordDict({"setup": _blank("fp32", size)}))
+            asked = _down(node_of(client), client, 0, "fp32", 0, 0, 0, None, ((GRADIENTS, True),))
+            _count(total, asked, _reply(node_of(client), RecordDict({"setup": _blank("fp32", size)})))
     for server_round in range(1, rounds + 1):
         chosen = cohort(config, federation.clients, server_round)
         counted_rows = config.privacy.send_counts
@@ -138,9 +140,9 @@ def _traffic(
             capability = federation.capability(client)
             if federation.differences and client not in met:
                 met.add(client)
-                sums["message_down"] += _query(node_of(client), client, server_round)
-                said = ConfigRecord(announcement(capability))
-                sums["message_up"] += _reply(node_of(client), RecordDict({CAPABILITY: said}), MessageType.QUERY)
+                said = RecordDict({CAPABILITY: ConfigRecord(announcement(capability))})
+                asked = _query(node_of(client), client, server_round)
+                _count(sums, asked, _reply(node_of(client), said, MessageType.QUERY))
             out = ours.send(client, server_round, shared) if counted and ours is not None else Outgoing(shared)
             layout = model.answer_layout(capability, parts_of(out.instructions))
             sent = crop(out.state, model.layout(capability.rank))
@@ -156,11 +158,11 @@ def _traffic(
             sums["params_down"] += _numbers(sent) + _numbers(correction)
             sums["setup_bytes"] += once
             sums["payload_up"] += up
-            sums["message_down"] += _message_down(
+            sent_down = _down(
                 node_of(client), client, server_round, config.wire.dtype, down, extra, once, header,
                 _hashable({**more, **out.instructions}),
             )  # fmt: skip
-            sums["message_up"] += _message_up(node_of(client), count, config.wire.dtype, up, reported)
+            _count(sums, sent_down, _up(node_of(client), count, config.wire.dtype, up, reported))
             replies.append(Reply(client, completed(answer, shared), count, share, 0.0, frozenset(answer)))
         if not chosen:
             if ours is not None:
@@ -188,12 +190,26 @@ def _hashable(instructions: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in instructions.items())
 
 
+class _Sent(NamedTuple):
+    """Length of a message, and what it causes on the client's socket."""
+
+    message: int
+    transport: Traffic
+
+
+def _count(sums: dict[str, int], request: _Sent, reply: _Sent) -> None:
+    sums["message_down"] += request.message
+    sums["message_up"] += reply.message
+    sums["transport_down"] += request.transport.down + reply.transport.down
+    sums["transport_up"] += request.transport.up + reply.transport.up
+
+
 @lru_cache(maxsize=4096)
-def _message_down(
+def _down(
     node: int, client: str, server_round: int, dtype: str, arrays: int, correction: int, setup: int, header: str | None,
     more: tuple[tuple[str, Any], ...],
-) -> int:  # fmt: skip
-    """Length of the message to a client, from a message with as many bytes."""
+) -> _Sent:  # fmt: skip
+    """The size of the message to a client, from a message with as many bytes."""
     content = RecordDict({"arrays": _blank(dtype, arrays)} if arrays else {})
     instructions: dict[str, Any] = {"server-round": server_round}
     instructions |= {key: list(value) if isinstance(value, tuple) else value for key, value in more}
@@ -203,27 +219,31 @@ def _message_down(
     content["config"] = ConfigRecord({**instructions, "client-id": client})
     if setup:
         content["setup"] = _blank("fp32", setup)
-    return wire.message_bytes(_request(content, node))
+    return _sent(_request(content, node), "down")
 
 
 @lru_cache(maxsize=4096)
-def _message_up(node: int, examples: int, dtype: str, arrays: int, said: tuple[str, ...]) -> int:
-    """Length of the reply of a client that trained, with these metrics beside its number of examples."""
+def _up(node: int, examples: int, dtype: str, arrays: int, said: tuple[str, ...]) -> _Sent:
+    """The size of the reply of a client that trained, with these metrics beside its number of examples."""
     metrics = MetricRecord({"num-examples": examples, **dict.fromkeys(said, 0.5)})
     return _reply(node, RecordDict({"metrics": metrics, "arrays": _blank(dtype, arrays)}))
 
 
-def _query(node: int, client: str, server_round: int) -> int:
-    """Length of the question what a client is able to train."""
+def _query(node: int, client: str, server_round: int) -> _Sent:
+    """The size of the question what a client is able to train."""
     config = ConfigRecord({"server-round": server_round, "client-id": client})
-    return wire.message_bytes(_request(RecordDict({"config": config}), node, MessageType.QUERY))
+    return _sent(_request(RecordDict({"config": config}), node, MessageType.QUERY), "down")
 
 
-def _reply(node: int, content: RecordDict, kind: str = MessageType.TRAIN) -> int:
-    """Length of a reply."""
+def _reply(node: int, content: RecordDict, kind: str = MessageType.TRAIN) -> _Sent:
+    """The size of a reply."""
     request = _request(RecordDict({"config": ConfigRecord()}), node, kind)
     request.metadata.__dict__["_message_id"] = "0" * 64
-    return wire.message_bytes(Message(content, reply_to=request))
+    return _sent(Message(content, reply_to=request), "up")
+
+
+def _sent(message: Message, direction: Literal["down", "up"]) -> _Sent:
+    return _Sent(wire.message_bytes(message), transport_bytes(message, direction))
 
 
 def _request(content: RecordDict, node: int, kind: str = MessageType.TRAIN) -> Message:

@@ -18,9 +18,10 @@ from fedlora.adapters import State
 from fedlora.capability import Capability, announced, announcement
 from fedlora.client import Worker
 from fedlora.errors import FedloraError, InputError
-from fedlora.grid import ClientGrid, CodecGrid, MeterGrid, SetupGrid, collector_paused, reason_of
+from fedlora.grid import ClientGrid, CodecGrid, SetupGrid, collector_paused, reason_of
 from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
+from fedlora.meter import MeterGrid
 from fedlora.privacy.accounting import finite
 from fedlora.privacy.budget import SITS_OUT
 from fedlora.privacy.statement import SIMULATED

@@ -31,7 +31,7 @@ def comparison(summaries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()
     tuned = any(summary["final"]["personalised_clients"] for summary in summaries)
     for column in (
         "valid", "test", "client mean", "worst 10%", *(["tuned mean", "tuned 10%"] if tuned else []),
-        "up/round", "down/round", "setup", "agg. error", "seconds",
+        "up/round", "down/round", "setup", "transport", "agg. error", "seconds",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for number, summary in enumerate(summaries):
@@ -50,6 +50,7 @@ def comparison(summaries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()
             human_bytes(summary["per_round"]["payload_up"]) if sent else "-",
             human_bytes(summary["per_round"]["payload_down"]) if sent else "-",
             human_bytes(summary["totals"]["setup_bytes"]) if sent else "-",
+            human_bytes(summary["totals"]["transport_up"] + summary["totals"]["transport_down"]) if sent else "-",
             "-" if error is None else f"{error['max']:.1e}",
             f"{summary['seconds']['total']:.1f}",
         )
@@ -63,8 +64,8 @@ def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
     lines = [
         f"{clients['population']} training clients, {clients['unseen']} unseen ones (test); "
         f"{clients['evaluated']} seen clients on their own test rows (client mean, worst 10%).",
-        "Payload bytes: tensors of the whole cohort in a round; setup: sent once, over the run. "
-        "agg. error: largest of any round.",
+        "Payload bytes: tensors of the whole cohort in a round; setup: sent once, over the run; transport: what all "
+        "messages cost on the clients' sockets, over the run. agg. error: largest of any round.",
     ]
     losses = [(s["label"], s["start"]["metrics"], s["final"]["metrics"]) for s in summaries if s["rounds"]]
     if any(summary["final"]["personalised_clients"] for summary in summaries):
@@ -148,11 +149,12 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
         "up": lambda item: human_bytes(item["payload_up_per_client"]),
         "down": lambda item: human_bytes(item["payload_down_per_client"]),
         "setup": lambda item: human_bytes(item["setup_bytes_per_client"]),
-        "link": lambda item: f"{item['message_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s",
+        "link": lambda item: f"{item['transport_bytes_per_client_round'] * 8 / bandwidth / 1e6:.2f} s",
         "memory": lambda item: human_bytes(item["client_memory_bytes"]),
         "GFLOP": lambda item: f"{item['client_flops_per_round'] / 1e9:.1f}",
         "whole run": lambda item: human_bytes(item["total_bytes"]),
         "its setup": lambda item: human_bytes(item["setup_bytes"]),
+        "transport": lambda item: human_bytes(item["total_transport_bytes"]),
         "simulating": lambda item: human_bytes(item["run_memory_bytes"]),
     }
     for name in columns:
@@ -162,7 +164,8 @@ def plans(items: Sequence[Mapping[str, Any]], bandwidth: float) -> Table:
         table.add_row(name, *(show(item) for show in columns.values()))
     explained = (
         "trained: parameters; up, down: payload; setup: frozen tensors, once or when they change; link: seconds for "
-        "all messages; whole run: bytes of all messages of all clients, and the setup in them; simulating: memory here."
+        "all bytes on it; whole run: bytes of all messages of all clients, and the setup in them; transport: "
+        "what they cost on the clients' sockets, HTTP over TLS; simulating: memory here."
     )
     table.caption = escape("\n".join([*_spending(items), explained]))
     table.caption_justify = "left"

@@ -19,13 +19,13 @@ from accelerate.utils import LoggerType
 
 from fedlora.config import Config, nearest
 from fedlora.errors import InputError
+from fedlora.ledger import TOTALS
 from fedlora.plugins import is_plugin_path, load_object
 from simulations.callbacks import Callback
 from simulations.run_folder import RunFolder
 from simulations.trials import TrialLog
 
 NOTICES = logging.getLogger("fedlora.notices")
-KINDS = {"payload_up", "payload_down", "message_up", "message_down", "setup_bytes"}
 PACKAGES = {"comet_ml": "comet-ml"}
 
 
@@ -152,7 +152,7 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a line of ``rounds.jsonl`` by a path of two parts: ``metrics/test_accuracy``, ``bytes/setup``."""
     found: dict[str, float] = {"failures": len(record["failures"]), "cohort": len(record["cohort"] or ())}
     for key, value in record.items():
-        if key in KINDS:
+        if key in TOTALS:
             found[f"bytes/{key.removesuffix('_bytes')}"] = value
         elif isinstance(value, Mapping) and key != "failures":
             found |= {f"{key}/{name}": float(v) for name, v in value.items() if isinstance(v, numbers.Real)}

@@ -24,7 +24,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
 from fedlora.client import Worker, worker_for
-from fedlora.grid import ClientGrid, GridLayer, MeterGrid
+from fedlora.grid import ClientGrid, GridLayer
+from fedlora.meter import MeterGrid
 from fedlora.seeding import torch_generator
 from simulations import rounds
 from simulations.compose import compose_config

@@ -250,6 +250,7 @@ def _row(run: Run, name: str, split: str) -> dict[str, Any]:
         "up_per_round": summary["per_round"]["payload_up"],
         "down_per_round": summary["per_round"]["payload_down"],
         "setup": totals["setup_bytes"],
+        "transport": sum(_number(totals.get(f"transport_{way}")) for way in ("up", "down")),  # older runs have none
         "aggregation_error": _number(error.get("max")),
         **{f"seconds_{phase}": float(seconds) for phase, seconds in summary["seconds"].items()},
     }

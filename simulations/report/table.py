@@ -36,6 +36,7 @@ COLUMNS = (
     Column("up_per_round", "up/round", "tensor bytes of the cohort", human_bytes, True),
     Column("down_per_round", "down/round", "the same, to the clients", human_bytes, True),
     Column("setup", "setup", "tensor bytes sent once or when they change", human_bytes, True),
+    Column("transport", "transport", "bytes of all messages on the clients' sockets: HTTP over TLS", human_bytes, True),
     Column("aggregation_error", "agg. error", "the largest of any round", "{:.1e}".format),
     Column("seconds_total", "seconds", "of the whole run", "{:.1f}".format),
 )

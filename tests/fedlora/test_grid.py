@@ -9,8 +9,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedlora import wire
 from fedlora.errors import FedloraError
-from fedlora.grid import CodecGrid, MeterGrid, SetupGrid, error_reply, node_of
+from fedlora.grid import CodecGrid, SetupGrid, error_reply, node_of
 from fedlora.ledger import Ledger
+from fedlora.meter import MeterGrid
+from fedlora.transport import transport_bytes
 from tests.fedlora.helpers import Engine, assert_same, echo, reply, request, serialised_bytes
 
 LAYOUT = {"m.lora_B.weight": (3, 2), "m.lora_A.weight": (2, 5)}
@@ -318,12 +320,25 @@ def test_the_ledger_holds_the_bytes_of_the_messages(dtype: str):
     assert [entry.message for entry in down] == [serialised_bytes(message) for message in stack.engine.requests]
     answers = [*reversed(stack.engine.answers[:3]), *reversed(stack.engine.answers[3:])]
     assert [entry.message for entry in up] == [serialised_bytes(message) for message in answers]
+    fetched = [transport_bytes(message, "down") for message in stack.engine.requests]
+    sent = [transport_bytes(message, "up") for message in answers]
+    assert [entry.transport for entry in down] == [one.down + two.down for one, two in zip(fetched, sent, strict=True)]
+    assert [entry.transport for entry in up] == [one.up + two.up for one, two in zip(fetched, sent, strict=True)]
     payload = 16 * wire.DTYPES[dtype].itemsize
     assert [entry.payload for entry in down] == [payload] * 6
     assert [entry.payload for entry in up] == [payload, 0, payload] * 2
     assert [entry.setup for entry in down] == [24, 24, 24, 0, 24, 0]
     assert [entry.setup for entry in up] == [0] * 6
     assert [entry.status for entry in up] == ["ok", "out of memory at line 3", "ok"] * 2
+
+
+def test_a_message_that_nobody_answers_is_counted_on_its_way_down():
+    stack = Stack()
+    stack.engine.exchange = lambda requests, timeout: []  # type: ignore[method-assign]
+    stack.round()
+    assert [entry.direction for entry in stack.ledger.entries] == ["down"] * 3
+    assert stack.ledger.totals()["transport_up"] == 0
+    assert stack.ledger.totals()["transport_down"] > stack.ledger.totals()["message_down"]
 
 
 def test_a_correction_counts_as_payload():

@@ -83,7 +83,7 @@ def test_a_client_is_asked_once_when_it_is_first_met_and_the_plan_has_it(
         met |= set(new)
         for key in ("payload_up", "payload_down", "setup_bytes"):
             assert record[key] == expected[key], key
-        for key in ("message_up", "message_down"):
+        for key in ("message_up", "message_down", "transport_up", "transport_down"):
             assert record[key] == pytest.approx(expected[key], rel=1e-4)
     assert summary["totals"]["payload_up"] == planned["payload_up"]
 
@@ -93,7 +93,7 @@ def test_private_models_are_announced(digits: Compose, tmp_path: Path) -> None:
     planned, summary = plan_run(config), start(config, tmp_path / "run")
     ledger = pd.read_parquet(tmp_path / "run" / "ledger.parquet")
     assert len(ledger[ledger.payload == 0]) == 2 * ledger.client.nunique()
-    for key in ("message_up", "message_down"):
+    for key in ("message_up", "message_down", "transport_up", "transport_down"):
         assert summary["totals"][key] == pytest.approx(planned[key], rel=1e-4)
 
 

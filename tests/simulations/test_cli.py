@@ -116,6 +116,7 @@ def test_plan_and_methods_print_one_json_document(
     assert main(["plan", "--json", *tiny_overrides, "adapter.rank=4"]) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {"upload_params", "download_params", "setup_params", "trainable_params", "total_bytes"} <= set(plan)
+    assert plan["transport_up"] + plan["transport_down"] == plan["total_transport_bytes"] > plan["total_bytes"]
     assert main(["plan", "--json", "--compare", *tiny_overrides, "adapter.rank=2"]) == 0
     captured = capsys.readouterr()
     compared = [item["method"] for item in json.loads(captured.out)["methods"]]

@@ -42,7 +42,7 @@ def assert_engines_agree(compose: Compose, folder: Path, *overrides: str, tokens
     assert loop.keys() == cohort.keys()
     for key, value in loop.items():
         assert value.sub(cohort[key]).abs().max() <= TOLERANCE, key
-    columns = ["round", "client", "direction", "payload", "setup", "message", "status"]
+    columns = ["round", "client", "direction", "payload", "setup", "message", "transport", "status"]
     ledgers = [pd.read_parquet(folder / name / "ledger.parquet") for name in ("loop", "cohort")]
     pd.testing.assert_frame_equal(ledgers[0][columns], ledgers[1][columns])
     for one, two in zip(rounds_of(folder / "loop"), rounds_of(folder / "cohort"), strict=True):

@@ -46,7 +46,7 @@ def test_every_method_learns_and_sends_what_its_plan_says(composed: Compose, tmp
     for expected, record in zip(planned["per_round"], records[1:], strict=True):
         for key in ("payload_up", "payload_down", "setup_bytes"):
             assert record[key] == expected[key], key
-        for key in ("message_up", "message_down"):
+        for key in ("message_up", "message_down", "transport_up", "transport_down"):
             assert record[key] == pytest.approx(expected[key], rel=1e-3), key
     error = summary["aggregation_error"]
     assert (error is None) == (method not in ("pfedlora", "fedavg"))

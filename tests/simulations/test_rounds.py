@@ -101,7 +101,7 @@ def test_plan_equals_ledger_when_nobody_fails(tiny: Compose, tmp_path: Path, ove
     for expected, record in zip(planned["per_round"], rounds_of(tmp_path / "run")[1:], strict=True):
         for key in ("payload_up", "payload_down", "setup_bytes"):
             assert record[key] == expected[key], (record["round"], key)
-        for key in ("message_up", "message_down"):
+        for key in ("message_up", "message_down", "transport_up", "transport_down"):
             assert record[key] == pytest.approx(expected[key], rel=1e-3), (record["round"], key)
 
 

@@ -204,7 +204,7 @@ def test_only_the_components_of_a_client_travel_and_the_plan_knows(
         assert summary["aggregation_error"]["max"] > 1e-3
     for key in ("payload_up", "payload_down"):
         assert summary["totals"][key] == planned[key]
-    for key in ("message_up", "message_down"):
+    for key in ("message_up", "message_down", "transport_up", "transport_down"):
         assert summary["totals"][key] == pytest.approx(planned[key], rel=1e-3)
     records = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert not any(record["failures"] for record in records)

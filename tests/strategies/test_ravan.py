@@ -147,7 +147,7 @@ def test_the_plan_is_the_ledger_and_what_is_reported_is_the_error_of_each_heads_
     planned, summary = plan_run(config), start(config, tmp_path / "run")
     for key in ("payload_up", "payload_down", "setup_bytes"):
         assert summary["totals"][key] == planned[key], key
-    for key in ("message_up", "message_down"):
+    for key in ("message_up", "message_down", "transport_up", "transport_down"):
         assert summary["totals"][key] == pytest.approx(planned[key], rel=1e-3)
     assert summary["aggregation_error"]["max"] <= 1e-6
     assert summary["failures"] == 0

@@ -49,7 +49,8 @@ def test_numbers_are_those_of_the_run_folders(sweep: Path) -> None:
         summary = json.loads((Path(row["folder"]) / "summary.json").read_text())
         assert row["score"] == summary["final"]["metrics"]["seen_accuracy"]
         assert row["clients_worst_decile"] == summary["final"]["clients"]["worst_decile"]
-        assert row["bytes"] == ledgers[Path(row["folder"])]["message"].sum()
+        ledger = ledgers[Path(row["folder"])]
+        assert (row["bytes"], row["transport"]) == (ledger["message"].sum(), ledger["transport"].sum())
         rounds = section.rounds[section.rounds["folder"] == row["folder"]]
         assert rounds["bytes"].iloc[-1] == row["bytes"]
         assert rounds["score"].iloc[-1] == row["score"]
