@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedlora import validation, wire
 from fedlora.errors import FedloraError
+from fedlora.ledger import Ledger
 from fedlora.ranks import crop
 from fedlora.validation import ReplyRules, printable
 
@@ -56,7 +57,13 @@ def collector_paused() -> Iterator[None]:
 
 
 class ClientGrid(Grid):
-    """A Grid that knows which client a logical node is. Shows exactly the round's cohort to the strategy."""
+    """A Grid that knows which client a logical node is. Shows exactly the round's cohort to the strategy.
+
+    Attributes:
+        tls: whether clients are connected over TLS; the bytes of a simulation are counted as if they were.
+    """
+
+    tls = True
 
     def __init__(self) -> None:
         self._clients: dict[int, str] = {}

@@ -18,10 +18,9 @@ class MeterGrid(GridLayer):
     a message without any reply is counted on its way down only.
     """
 
-    def __init__(self, inner: ClientGrid, ledger: Ledger, *, tls: bool = True) -> None:
-        """``tls``: whether clients are, or would be, connected over TLS."""
+    def __init__(self, inner: ClientGrid, ledger: Ledger) -> None:
         super().__init__(inner)
-        self.ledger, self.tls = ledger, tls
+        self.ledger, self.tls = ledger, inner.tls
 
     def down(self, request: Message) -> Message:
         """Record the message to the client."""

@@ -21,6 +21,7 @@ from fedlora.deploy.terms import TERMS, Terms
 from fedlora.errors import FedloraError
 from fedlora.grid import ClientGrid, error_reply, reason_of
 from fedlora.ledger import Entry, Ledger
+from fedlora.transport import transport_bytes
 
 log = logging.getLogger("fedlora")
 POLL_SECONDS = 0.25
@@ -58,12 +59,14 @@ class DeployedGrid(ClientGrid):
             grid: of Flower, for the run.
             terms: what clients must agree to.
             clients: who may take part.
-            authenticated: whether the SuperLink knows nodes by their keys; if not, clients are who they say they are.
+            authenticated: whether the SuperLink knows nodes by their keys; if not, clients are who they say they are,
+                and nothing is encrypted.
             on_reply: called after each reply.
         """
         super().__init__()
         self.grid, self.terms, self.population = grid, terms, tuple(clients)
-        self.authenticated, self.on_reply = authenticated, on_reply
+        self.authenticated = self.tls = authenticated
+        self.on_reply = on_reply
         self._node_of: dict[str, int] = {}
         self._refused: dict[tuple[int, str], tuple[str, str]] = {}
 
@@ -125,9 +128,10 @@ class DeployedGrid(ClientGrid):
             status = str(error)
             self._refuse(node, status, client)
             log.warning("round %d: client '%s' is refused: %s", server_round, client or "?", error)
+        fetched, sent = transport_bytes(message, "down", self.tls), transport_bytes(reply, "up", self.tls)
         for direction, travelled, said in (("down", message, "ok"), ("up", reply, status)):
-            size = wire.message_bytes(travelled)
-            ledger.add(Entry(server_round, client or "?", direction, 0, 0, size, said.splitlines()[0][:200]))
+            size, cost = wire.message_bytes(travelled), getattr(fetched, direction) + getattr(sent, direction)
+            ledger.add(Entry(server_round, client or "?", direction, 0, 0, size, cost, said.splitlines()[0][:200]))
 
     def _check(self, reply: Message, client: str, registered: str) -> None:
         """See that everything in ``reply`` of ``client`` fits."""
