@@ -10,9 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
 from fedlora import wire
@@ -51,7 +52,7 @@ class DeployedGrid(ClientGrid):
     """Sends each logical message to the node of its client and names the reply after the logical client."""
 
     def __init__(
-        self, grid: HttpGrid, terms: Terms, clients: Sequence[str], authenticated: bool, on_reply: Callable[[], None]
+        self, grid: Grid, terms: Terms, clients: Sequence[str], authenticated: bool, on_reply: Callable[[], None]
     ) -> None:
         """Speak for a run.
 
@@ -64,7 +65,7 @@ class DeployedGrid(ClientGrid):
             on_reply: called after each reply.
         """
         super().__init__()
-        self.grid, self.terms, self.population = grid, terms, tuple(clients)
+        self.grid, self.terms, self.population = cast(HttpGrid, grid), terms, tuple(clients)
         self.authenticated = self.tls = authenticated
         self.on_reply = on_reply
         self._node_of: dict[str, int] = {}

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
+from flwr.serverapp import Grid
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -117,6 +118,31 @@ def server_worker(config: Config, serving: Serving, folder: RunFolder) -> Worker
         raise InputError("adapter.groups=natural needs the groups of all clients in one table: set adapter.groups=4.")
     dataset = server_dataset(config, task_of(config), serving.clients)
     return Worker(Federation(config, dataset), folder.store)
+
+
+def serve_on(grid: Grid, config: Config, run_dir: Path, serving: Serving) -> dict[str, Any]:
+    """Run ``config`` over a grid of Flower's own, as ``flwr run`` gives it, in the new folder ``run_dir``.
+
+    Raises:
+        InputError: the configuration or the server's rows cannot work.
+        FedloraError: the run failed.
+    """
+    folder = RunFolder(run_dir)
+    folder.require_new()
+    worker = server_worker(config.model_copy(update={"run_dir": str(folder.path)}), serving, folder)
+
+    def on_engine(
+        worker: Worker,
+        server: Callable[[ClientGrid], None],
+        on_reply: Callable[[], None],
+        on_change: Callable[..., None],
+        pools: Any,
+    ) -> None:
+        deployed = DeployedGrid(grid, terms_of(worker, serving.run), serving.clients, False, on_reply)
+        wait_for(deployed, serving.least or len(serving.clients))
+        server(deployed)
+
+    return begin(worker, folder, on_engine=on_engine)
 
 
 class _Deployed:
