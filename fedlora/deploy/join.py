@@ -41,6 +41,7 @@ def join(
     client = DeployedClient(home)
     node = SuperNode(server, home.folder, root_certificates, key)
     failing_since: float | None = None
+    told = ""
     try:
         while True:
             if do_one(node.tasks, client):
@@ -49,10 +50,12 @@ def join(
             if not node.process.running:
                 now = time.monotonic()
                 failing_since = failing_since or now
-                reason = node.process.last_words()
+                reason = node.why()
                 if now - failing_since > PATIENCE:
-                    raise FedloraError(f"The server at {server} does not let this client in: {reason}")
-                say(f"the connection to {server} is lost, or was not granted ({reason}); trying again")
+                    raise FedloraError(f"No connection to {server}: {reason}.")
+                if reason != told:
+                    say(f"no connection to {server} yet: {reason}")
+                    told = reason
                 time.sleep(5.0)
                 node.process.start()
             time.sleep(POLL_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -43,7 +44,7 @@ class Child:
 
     def last_words(self, lines: int = 3) -> str:
         """The end of its log, for messages."""
-        text = self.log_file.read_text(errors="replace").strip().splitlines()
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log_file.read_text(errors="replace")).strip().splitlines()
         return " ".join(line.strip() for line in text[-lines:])
 
     def require_running(self) -> None:

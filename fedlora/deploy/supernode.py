@@ -29,8 +29,21 @@ class SuperNode:
         arguments += ["--superexec-auth-secret-file", str(secret_file)]
         arguments += ["--insecure"] if root_certificates is None else ["--root-certificates", str(root_certificates)]
         arguments += [] if key is None else ["--auth-supernode-private-key", str(key)]
+        self.root_certificates = root_certificates
         self.process = Child("Flower's SuperNode", "fedlora.deploy.supernode", arguments, folder / "supernode.log")
         self.tasks = TaskQueue(f"127.0.0.1:{port}", "flwr-clientapp", secret)
+
+    def why(self) -> str:
+        """Why it has ended, in words, as far as its log says."""
+        log = self.process.last_words(40)
+        if "Failed to activate SuperNode" in log:
+            return (
+                "the server does not know this client's key, or another process with this key is connected (a server "
+                "notices after a minute that one is gone)"
+            )
+        if "SSL/TLS" in log or "CERTIFICATE_VERIFY_FAILED" in log:
+            return f"the server's certificate is not one that {self.root_certificates} has signed for that address"
+        return f"{self.process.name} has ended: {self.process.last_words()}"
 
     def stop(self) -> None:
         """End it."""
