@@ -65,7 +65,7 @@ class Serving:
         """The public key of every client, by its id."""
         if self.certificates is None:
             return {}
-        return {path.stem: registered_key(path) for path in sorted((self.certificates / "clients").glob("*.pub"))}
+        return {client: registered_key(self.certificates / "clients" / f"{client}.pub") for client in self.clients}
 
     def text(self) -> str:
         """As JSON."""

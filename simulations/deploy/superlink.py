@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -26,6 +28,7 @@ from fedlora.deploy.processes import Child, end_with_parent, new_secret
 from fedlora.deploy.runtime import TaskQueue
 from fedlora.errors import FedloraError
 
+log = logging.getLogger("fedlora")
 APP = Path(__file__).parent / "app" / "pyproject.toml"
 OPEN = ("/v1/fleet/", "/health")
 START_SECONDS = 60.0
@@ -69,7 +72,14 @@ class SuperLink:
             root_certificates=self.root_certificates,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
-        self._wait()
+        self._stopping = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_running, name="superlink", daemon=True)
+        try:
+            self._wait()
+        except BaseException:
+            self.process.stop()
+            raise
+        self._keeper.start()
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -105,8 +115,17 @@ class SuperLink:
             time.sleep(0.1)
         raise FedloraError(f"Flower's SuperLink has not started the run: {self.process.last_words()}")
 
+    def _keep_running(self) -> None:
+        """Start it again on its database whenever it ends; clients and server try again meanwhile."""
+        while not self._stopping.wait(0.5):
+            if not self.process.running:
+                log.warning("%s has ended and is started again: %s", self.process.name, self.process.last_words())
+                self.process.start()
+
     def stop(self) -> None:
         """End it."""
+        self._stopping.set()
+        self._keeper.join()
         self.tasks.close()
         self._control.close()
         self.process.stop()
