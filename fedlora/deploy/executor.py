@@ -7,6 +7,7 @@ runs is the installed package.
 from __future__ import annotations
 
 import logging
+import threading
 
 import httpx
 from flwr.common.constant import SubStatus
@@ -18,20 +19,31 @@ from fedlora.deploy.runtime import TaskQueue
 log = logging.getLogger("fedlora")
 
 
-def do_one(queue: TaskQueue, client: DeployedClient) -> bool:
-    """Do the next task of ``queue``, if there is one; returns whether there was.
+class Executor:
+    """Answers the messages that arrive at a SuperNode, in the order in which they are complete.
 
-    A SuperNode that goes away meanwhile takes the task with it; the server hears of that from its SuperLink.
+    A message whose run has ended on its way never becomes complete: its thread waits for it, and for nobody else.
     """
-    token = queue.claim()
-    if token is None:
-        return False
-    with queue.working(token) as connection:
+
+    def __init__(self, queue: TaskQueue, client: DeployedClient) -> None:
+        self.queue, self.client = queue, client
+        self._one_at_a_time = threading.Lock()
+
+    def start_next(self) -> bool:
+        """Start the next task, if there is one; returns whether there was."""
+        token = self.queue.claim()
+        if token is not None:
+            threading.Thread(target=self._do, args=(token,), name="task", daemon=True).start()
+        return token is not None
+
+    def _do(self, token: str) -> None:
+        """A SuperNode that goes away meanwhile takes the task with it; the server hears of that from its SuperLink."""
         try:
-            message, context, _, _ = pull_task_input(connection)
-            reply = client.handle(message)
-            push_message(connection, reply, context)
-            push_task_output(connection, context, SubStatus.COMPLETED, "")
+            with self.queue.working(token) as connection:
+                message, context, _, _ = pull_task_input(connection)
+                with self._one_at_a_time:
+                    reply = self.client.handle(message)
+                    push_message(connection, reply, context)
+                push_task_output(connection, context, SubStatus.COMPLETED, "")
         except (httpx.HTTPError, RuntimeError) as error:
             log.warning("a message was lost: %s", error)
-    return True

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlora.deploy.client import DeployedClient, Home
-from fedlora.deploy.executor import do_one
+from fedlora.deploy.executor import Executor
 from fedlora.deploy.supernode import SuperNode
 from fedlora.errors import FedloraError
 
@@ -40,11 +40,12 @@ def join(
     """
     client = DeployedClient(home)
     node = SuperNode(server, home.folder, root_certificates, key)
+    executor = Executor(node.tasks, client)
     failing_since: float | None = None
     told = ""
     try:
         while True:
-            if do_one(node.tasks, client):
+            if executor.start_next():
                 failing_since = None
                 continue
             if not node.process.running:
