@@ -37,7 +37,7 @@ class ReplyRules:
     """What a run accepts of a client that has trained.
 
     Attributes:
-        losses: whether it says its loss; if not, it must not.
+        losses: whether it may say its loss; a client's policy may keep it.
         epsilons: whether it says what it has released.
         unbounded_epsilon: whether that may be infinite, as it is without noise.
         max_examples: rows that it may say it has; ``None``: any number.
@@ -173,7 +173,7 @@ def _metrics(record: MetricRecord, rules: ReplyRules) -> MetricRecord:
     if not _is_whole(examples, 1, rules.max_examples or 1 << 53):
         most = "" if rules.max_examples is None else f" of at most {rules.max_examples}"
         raise FedloraError(f"{EXAMPLES} is {reprlib.repr(examples)}, not a positive integer{most}")
-    if rules.losses and not _is_finite(loss):
+    if LOSS in record and not _is_finite(loss):
         raise FedloraError(f"{LOSS} is {reprlib.repr(loss)}, not a finite number")
     if rules.epsilons and not (_is_at_least_0(epsilon) or (rules.unbounded_epsilon and epsilon == math.inf)):
         raise FedloraError(f"{EPSILON} is {reprlib.repr(epsilon)}, not a finite number from 0")

@@ -99,6 +99,7 @@ def deployment(command: Callable[..., argparse.ArgumentParser]) -> None:
     join.add_argument("--key", metavar="FILE", help="the client's private key; its name is the client's id")
     join.add_argument("--insecure", action="store_true", help="no encryption, no key: for a test on one machine")
     join.add_argument("--id", metavar="NAME", help="with --insecure: the client's id")
+    join.add_argument("--policy", metavar="FILE", help="what this client allows, as YAML; no server overrides it")
     join.add_argument("--home", metavar="FOLDER", help="what the client keeps (default client-<id>)")
 
 

@@ -233,8 +233,11 @@ class FederatedStrategy(Strategy):
         if not usable:
             return None, None
         state = self.fold(server_round, self._state, usable)
-        loss = sum(reply.weight * reply.loss for reply in usable)
-        metrics = MetricRecord({} if math.isnan(loss) else {"train_loss": loss})
+        told = [reply for reply in usable if not math.isnan(reply.loss)]  # a client may keep its loss
+        loss = sum(reply.weight * reply.loss for reply in told)
+        if 0 < len(told) < len(usable):
+            loss /= sum(reply.weight for reply in told)
+        metrics = MetricRecord({"train_loss": loss} if told else {})
         return wire.to_record(state) if state else None, metrics
 
     def replies(self, messages: Iterable[Message]) -> list[Reply]:

@@ -26,7 +26,7 @@ from fedlora.model import AdaptedModel
 from fedlora.privacy.client_level import clipped_sum, epsilon_of, moved, next_clip, split_noise, update_of
 from fedlora.privacy.randomness import Seeded
 from fedlora.privacy.statement import privacy_summary
-from fedlora.protocol import CLIP, NOISE
+from fedlora.protocol import CLIP, EXAMPLES, LOSS, NOISE
 from fedlora.seeding import derive_seed
 from strategies.average import Average
 from strategies.fed_sb import FedSB
@@ -196,14 +196,13 @@ class ClientLevel:
         updates = (update_of(state, sent) for state in states)
         total = self._noisy_sum(server_round, updates, sum(tensor.numel() for tensor in sent.values()))
         mean = moved(sent, total / self.budget.clients)
-        losses = [cast(float, cast(MetricRecord, reply.content["metrics"])["train_loss"]) for reply in usable]
-        loss = math.fsum(losses) / len(losses) if losses else 0.0
+        said = [cast(MetricRecord, reply.content["metrics"]).get(LOSS) for reply in usable]
+        losses = [cast(float, loss) for loss in said if loss is not None]
+        told = {LOSS: math.fsum(losses) / len(losses)} if losses else {}
         carriers = (usable if whole else usable[:1]) or [Message(RecordDict(), reply_to=requests[0])]
         record = wire.TensorRecord(mean)
         for carrier in carriers:
-            carrier.content = RecordDict(
-                {"arrays": record, "metrics": MetricRecord({"num-examples": 1, "train_loss": loss})}
-            )
+            carrier.content = RecordDict({"arrays": record, "metrics": MetricRecord({EXAMPLES: 1, **told})})
         return carriers
 
     def _noisy_sum(self, server_round: int, updates: Iterator[Tensor], numbers: int) -> Tensor:

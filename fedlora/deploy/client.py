@@ -15,15 +15,18 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedlora.client import Worker
+from fedlora.client import Worker, asks_for_training
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.datasets import client_dataset, own_data
+from fedlora.deploy.guard import Guard
+from fedlora.deploy.policy import Policy
 from fedlora.deploy.terms import TERMS, Terms, terms_of
 from fedlora.errors import FedloraError, InputError
 from fedlora.federation import Federation, task_of
 from fedlora.grid import error_reply
 from fedlora.store import ClientStore, write_atomically
 from fedlora.tasks import Schema
+from fedlora.validation import asks_for_gradients, instructions
 
 log = logging.getLogger("fedlora")
 IDENTITY = "client"
@@ -40,6 +43,7 @@ class Home:
         data: the file of its rows.
         columns: settings of ``data`` that are different here than in the run, such as ``{"text": "review"}``.
         backbone: where the weights are on this machine; ``None``: where the run's configuration says.
+        policy: what the owner allows.
     """
 
     folder: Path
@@ -47,6 +51,7 @@ class Home:
     data: str
     columns: Mapping[str, str | None] = field(default_factory=dict)
     backbone: str | None = None
+    policy: Policy = field(default_factory=Policy)
 
     def folder_of(self, run: str) -> Path:
         """Where everything of one run lies."""
@@ -58,27 +63,44 @@ class DeployedClient:
 
     def __init__(self, home: Home) -> None:
         self.home = home
-        self._workers: dict[int, Worker] = {}
+        self.guard = Guard(home.folder, home.policy)
+        self._sessions: dict[int, tuple[str, Worker]] = {}
 
     def handle(self, message: Message) -> Message:
         """Answer ``message``; what goes wrong becomes an error reply that says why, and costs nothing else."""
+        run = f"session {message.metadata.run_id:x}"
         try:
             if TERMS in message.content:
                 return self._agree(message)
-            return self._worker(message.metadata.run_id).handle(message)
+            run, worker = self._session(message.metadata.run_id)
+            self.guard.received(run, message)
+            self._admit(run, worker, message)
+            return self.guard.answered(run, worker.handle(message))
         except FedloraError as error:
             log.warning("%s", error)
-            return error_reply(message, str(error))
+            reason = str(error)
         except Exception as error:  # its text may hold something of the rows, and stays here
             log.exception("a message could not be answered")
-            return error_reply(message, f"{type(error).__name__}; the client's own log says more")
+            reason = f"{type(error).__name__}; the client's own log says more"
+        return self.guard.refused(run, reason, error_reply(message, reason))
+
+    def _admit(self, run: str, worker: Worker, message: Message) -> None:
+        """See whether a message asks for something that the owner allows, before any of it is done."""
+        train = worker.federation.index.train
+        asked = instructions(message, train)
+        if asks_for_gradients(message):
+            self.guard.admit_gradients(run)
+        elif asks_for_training(message):
+            self.guard.admit_training(run, worker.federation.config, len(train[self.home.client]), asked)
 
     def _agree(self, message: Message) -> Message:
         """Compare terms, remember those of the run, and say who this is; or why it does not take part."""
         identity = ConfigRecord({"client-id": self.home.client})
         reply = RecordDict({IDENTITY: identity})
+        run = "unknown"
         try:
             said = Terms.from_record(message.content[TERMS])
+            run = said.run
             worker = self._build(said)
             own = terms_of(worker, said.run, said.config, said.clients)
             difference = said.differing(own)
@@ -87,39 +109,46 @@ class DeployedClient:
         except FedloraError as error:
             log.warning("run refused: %s", error)
             identity["refused"] = str(error)
-            return Message(reply, reply_to=message)
-        self._workers = {message.metadata.run_id: worker}
-        self.home.folder_of(said.run).mkdir(parents=True, exist_ok=True)
-        write_atomically(self._session(message.metadata.run_id), json.dumps(dict(said.record())))
-        log.info("joined run %s, terms %s", said.run, said.fingerprint)
+            return self.guard.refused(run, str(error), Message(reply, reply_to=message))
+        self.guard.received(run, message)
+        self._sessions = {message.metadata.run_id: (run, worker)}
+        self.home.folder_of(run).mkdir(parents=True, exist_ok=True)
+        write_atomically(self._terms_file(message.metadata.run_id), json.dumps(dict(said.record())))
+        log.info("joined run %s, terms %s", run, said.fingerprint)
+        self.guard.audit.write("agreed", run=run, terms=said.fingerprint, session=message.metadata.run_id)
         reply[TERMS] = own.record()
-        return Message(reply, reply_to=message)
+        return self.guard.answered(run, Message(reply, reply_to=message))
 
-    def _session(self, run_id: int) -> Path:
+    def _terms_file(self, run_id: int) -> Path:
         """Where the terms of Flower's run of this number are; a run of ours that is resumed has a new number."""
         return self.home.folder / f"session-{run_id:x}.json"
 
-    def _worker(self, run_id: int) -> Worker:
-        if run_id not in self._workers:
-            path = self._session(run_id)
+    def _session(self, run_id: int) -> tuple[str, Worker]:
+        """Id and worker of the run that has this number at Flower."""
+        if run_id not in self._sessions:
+            path = self._terms_file(run_id)
             if not path.exists():
                 raise FedloraError("this client has not agreed to the terms of this run, and does nothing for it")
-            self._workers = {run_id: self._build(Terms.from_record(ConfigRecord(json.loads(path.read_text()))))}
-        return self._workers[run_id]
+            terms = Terms.from_record(ConfigRecord(json.loads(path.read_text())))
+            self._sessions = {run_id: (terms.run, self._build(terms))}
+        return self._sessions[run_id]
 
     def _build(self, terms: Terms) -> Worker:
         """A worker for a run, with the rows of this client alone and randomness from its own machine."""
         folder = self.home.folder_of(terms.run)
         values: dict[str, Any] = json.loads(terms.config)
         config = Config.model_validate(values)
+        self.guard.check_run(terms, config)
         backbone = config.backbone.model_copy(update={"path": self.home.backbone or config.backbone.path})
         data = own_data(config, Schema(terms.labels), self.home.data, **self.home.columns)
         engine = EngineConfig(name="loop", workers=0, packing=config.engine.packing)
-        update = {"backbone": backbone, "data": data, "engine": engine, "run_dir": str(folder)}
+        everyone = config.cohort.model_copy(update={"size": None})  # how many take part is the server's affair
+        update = {"backbone": backbone, "data": data, "engine": engine, "cohort": everyone, "run_dir": str(folder)}
         config = config.model_copy(update=update)
         try:
             dataset = client_dataset(config, task_of(config), self.home.client, data, terms.clients)
         except InputError as error:  # its text may hold something of the rows, and stays here
             log.error("%s", error)
             raise FedloraError("its rows do not suit the run; the client's own log says why") from error
+        self.guard.check_rows(terms, config, len(dataset.index.train[self.home.client]))
         return Worker(Federation(config, dataset), ClientStore(folder / "clients"), deployed=True)

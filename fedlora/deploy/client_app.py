@@ -19,9 +19,11 @@ def handle(message: Message, context: Context) -> Message:
     from pathlib import Path
 
     from fedlora.deploy.client import DeployedClient, Home
+    from fedlora.deploy.policy import Policy
 
     own = {key.removeprefix("data."): str(value) for key, value in context.node_config.items()}
     known = {"client-id", "home", "data", "backbone", "policy"}
     columns: dict[str, str | None] = {key: value for key, value in own.items() if key not in known}
-    home = Home(Path(own["home"]), own["client-id"], own["data"], columns, own.get("backbone"))
+    policy = Policy.read(Path(own["policy"])) if "policy" in own else Policy()
+    home = Home(Path(own["home"]), own["client-id"], own["data"], columns, own.get("backbone"), policy)
     return DeployedClient(home).handle(message)

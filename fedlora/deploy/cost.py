@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedlora.config import Config
 from fedlora.deploy.allowance import Used
 from fedlora.errors import InputError, PolicyError
+from fedlora.protocol import CLIP, NOISE
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,6 @@ def own_cost(config: Config, used: Used, delta: float) -> Cost:
 
 def own_noise(instructions: Mapping[str, object]) -> float:
     """The noise multiplier that a message tells its client to use before it sends; 0: none."""
-    from fedlora.client import CLIP, NOISE
-
     clip, noise = instructions.get(CLIP, 0.0), instructions.get(NOISE, 0.0)
     if not isinstance(clip, float | int) or not isinstance(noise, float | int) or clip <= 0 or noise <= 0:
         return 0.0

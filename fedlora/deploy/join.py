@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlora.deploy.client import DeployedClient, Home
+from fedlora.deploy.code import code_hash
 from fedlora.deploy.executor import Executor
+from fedlora.deploy.keys import fingerprint, public_key_of
 from fedlora.deploy.supernode import SuperNode
 from fedlora.errors import FedloraError
 
@@ -39,6 +41,11 @@ def join(
         FedloraError: the server cannot be reached, or does not let this client in.
     """
     client = DeployedClient(home)
+    audit = client.guard.audit
+    said = None if key is None else fingerprint(public_key_of(key))
+    audit.write(
+        "joined", server=server, client=home.client, key=said, code=code_hash(), policy=home.policy.model_dump()
+    )
     node = SuperNode(server, home.folder, root_certificates, key)
     executor = Executor(node.tasks, client)
     failing_since: float | None = None
@@ -62,3 +69,4 @@ def join(
             time.sleep(POLL_SECONDS)
     finally:
         node.stop()
+        audit.write("left", server=server)

@@ -18,9 +18,8 @@ from fedlora.config import Config, Count, Settings, validate
 from fedlora.deploy.allowance import Used
 from fedlora.deploy.cost import UNBOUNDED, Cost, own_cost, own_noise, promised_cost, record_cost
 from fedlora.errors import InputError, PolicyError
+from fedlora.protocol import EPSILON, EXAMPLES
 
-ROWS = "num-examples"
-"""The metric that the protocol needs; a client that does not tell its rows says 1."""
 STRENGTH = {"none": 0, "record": 1, "client": 2}
 
 
@@ -102,6 +101,10 @@ class Policy(Settings):
         self._at_most("rounds", config.rounds, "max_rounds")
         if config.client.local_steps is not None:
             self._at_most("client.local_steps", config.client.local_steps, "max_local_steps")
+        if config.privacy.name == "record" and self.metrics is not None and EPSILON not in self.metrics:
+            raise PolicyError(
+                f"privacy=record needs the metric '{EPSILON}', which this client's policy.metrics leaves out"
+            )
         self._check_protection(config)
 
     def check_rows(self, config: Config, rows: int, elsewhere: tuple[float, float] = (0.0, 0.0)) -> None:
@@ -187,7 +190,7 @@ class Policy(Settings):
         if self.metrics is None:
             return dict(metrics)
         kept = {name: value for name, value in metrics.items() if name in self.metrics}
-        return {ROWS: 1, **kept} if ROWS in metrics else kept
+        return {EXAMPLES: 1, **kept} if EXAMPLES in metrics else kept
 
     def cost(self, config: Config, rows: int, used: Used) -> Cost:
         """What a run costs this client, with the counters ``used``.

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Config, nearest
+from fedlora.deploy.code import what_runs
 from fedlora.deploy.keys import public_key_of
+from fedlora.deploy.policy import Policy
 from fedlora.deploy.runtime import quiet_flower
 from fedlora.errors import InputError
 from simulations.cli import PORT
@@ -82,10 +84,12 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")
     }
     folder = Path(options.home or f"client-{client}")
-    home = Home(folder, client, str(Path(options.data).resolve()), columns, settings.get("backbone.path"))
+    policy = Policy.read(Path(options.policy)) if options.policy else Policy()
+    home = Home(folder, client, str(Path(options.data).resolve()), columns, settings.get("backbone.path"), policy)
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("fedlora").setLevel(logging.INFO)
     server = options.server if ":" in options.server else f"{options.server}:{PORT}"
+    say("code", what_runs())
     say("joining", f"{server} as '{client}'; stop with Ctrl-C", "bold")
     ca, key = options.ca and Path(options.ca), options.key and Path(options.key)
     join_server(server, home, ca, key, lambda text: say("note", text))

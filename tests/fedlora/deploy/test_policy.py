@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fedlora.client import CLIP, NOISE
 from fedlora.config import Config
 from fedlora.deploy.allowance import Allowance, Used
 from fedlora.deploy.policy import Policy
 from fedlora.errors import InputError, PolicyError
 from fedlora.privacy.accounting import Steps, epsilon_of
+from fedlora.protocol import CLIP, NOISE
 from tests.conftest import Compose
 
 ROWS = 137
@@ -49,6 +49,7 @@ def test_without_a_policy_a_plain_run_is_joined(tiny: Compose) -> None:
         ({"max_epsilon": 2}, [*RECORD, "privacy.epsilon=1", "privacy.delta=0.5"], r"not below one over the number"),
         ({"max_epsilon": 1, "trust_server_noise": True}, CLIENT, r"noise_multiplier = 4.0 may cost more"),
         ({"max_epsilon": 9, "trust_server_noise": True}, [*CLIENT, "privacy.delta=null"], r"a number is needed here"),
+        ({"metrics": []}, [*RECORD, "privacy.epsilon=1"], r"needs the metric 'epsilon', which .* policy.metrics"),
         ({"max_rounds": 2}, ["rounds=3"], r"rounds = 3 is more than this client's policy.max_rounds = 2"),
         ({"max_local_steps": 2}, ["client.local_steps=3"], r"local_steps = 3 is more than .*policy.max_local_steps"),
         ({"max_local_steps": 2}, ["client.local_steps=null"], r"client.local_epochs = 1 makes more local steps"),
