@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from fedlora.errors import InputError
 
 PREFIX = "adapter."
 """What the names of shared tensors start with, beside a model."""
+WIDE = 2**20
+"""More features than any model has."""
 
 
 class PersonalConfig(AdapterConfig):
@@ -67,7 +70,7 @@ class SharedPart(nn.Module):
 
     def phases(self) -> tuple[Phase, ...]:
         """How a client trains in a round, in order, each phase on the same batches."""
-        return (phase("all", lambda outputs, loss_of, batch: loss_of(outputs.own)),)
+        return (Phase("all"),)
 
     def summary(self, features: Tensor, targets: Tensor) -> State:
         """What travels, by parameter name, from the features ``[n, width]`` and classes ``[n]`` of a client's rows."""
@@ -82,6 +85,11 @@ class PersonalAdapter(Adapter):
     @abstractmethod
     def part(self, width: int, classes: int) -> SharedPart:
         """The shared part for features of ``width``; what it draws comes from the global generator."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Those of the shared part, which are the same for every size."""
+        with torch.device("meta"):
+            return self.part(WIDE, 2).phases()
 
     def peft_config(self) -> PeftConfig:
         """Asked for by every other backbone.

@@ -138,6 +138,7 @@ def test_plan_equals_ledger(tiny: Compose, tmp_path: Path, method: str) -> None:
         (["privacy.clip=null"], r"privacy\.clip is missing"),
         (["method=flora", "adapter.client_ranks=[4,2]"], r"Use adapter\.client_ranks=null"),
         (["method=personal_lora"], r"what it keeps without noise would show"),
+        (["method=pfedlora"], r"adapter=pfedlora trains in parts"),
         (["method=fed_sb", "adapter.basis=client_gradient"], r"use adapter\.basis=gradient"),
         (["adapter=dora"], r"privacy=record cannot train adapter=peft\[Lora,use_dora\] here: Opacus has no gradients"),
         (
