@@ -1,0 +1,1 @@
+"""Accuracy against epsilon: the public model of the experiment."""
