@@ -247,6 +247,7 @@ class PrivacyConfig(Settings):
         quantile: of the norms of updates that an adaptive ``clip`` moves towards (Andrew et al. 2021).
         noise: who adds it (``client``): the server to the sum, or each of the clients its share before it sends.
         secret_cohort: every client takes part in a round by a coin of its own, and no output says who did (``client``).
+        secret: of a deployed server, from its operating system: what those coins are drawn from instead of the seed.
     """
 
     name: Literal["none", "record", "client"]
@@ -262,6 +263,7 @@ class PrivacyConfig(Settings):
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     noise: Literal["server", "clients"] = "server"
     secret_cohort: bool = False
+    secret: int | None = None
 
     @model_validator(mode="after")
     def _of_clients_only(self) -> PrivacyConfig:

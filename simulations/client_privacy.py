@@ -46,7 +46,9 @@ def client_level(federation: Federation, model: AdaptedModel, strategy: Strategy
                 f"rounds, and privacy.epsilon = {settings.epsilon:g} is all there is. Set "
                 "privacy.noise_multiplier=null, and it is solved for that."
             )
-    return ClientLevel(settings, Budget(multiplier, delta, expected, rate, times), config.seed)
+    return ClientLevel(
+        settings, Budget(multiplier, delta, expected, rate, times), None if federation.deployed else config.seed
+    )
 
 
 def _most_drawn(federation: Federation) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def finish(run: FederatedRun, seconds: float, merged: bool) -> dict[str, Any]:
     totals = run.ledger.totals()
     summary: dict[str, Any] = {
         "method": config.method,
-        "label": label(config, run.federation.adapter, run.ours is None or run.ours.trains),
+        "label": label(config, run.federation.adapter, run.ours is None or run.ours.trains, run.federation.deployed),
         "seed": config.seed,
         "rounds": run.rounds,
         "main_metric": run.federation.task.main_metric,
@@ -122,7 +122,7 @@ def _samples(run: FederatedRun) -> list[dict[str, str]]:
     return [{**after, "before": base["answer"]} for base, after in zip(before, written(), strict=True)]
 
 
-def label(config: Config, adapter: Adapter, trains: bool) -> str:
+def label(config: Config, adapter: Adapter, trains: bool, deployed: bool = False) -> str:
     """The method with every choice that changes its numbers, as tables print it: ``fed_sb[gradient]``.
 
     Any other pair than the method's own names itself: ``FedMedian(lora)``, ``Average(peft[Miss])``. A private run says
@@ -134,7 +134,7 @@ def label(config: Config, adapter: Adapter, trains: bool) -> str:
     else:
         choice = adapter.label.removeprefix(adapter.config.name) if trains else ""
         name = config.method + choice.replace(f"[{config.method}]", "")
-    return name if config.privacy.name == "none" else private_label(name, config.privacy.name)
+    return name if config.privacy.name == "none" else private_label(name, config.privacy.name, deployed)
 
 
 def _phases(rounds: list[dict[str, Any]]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from fedlora.ledger import Ledger
 from fedlora.meter import MeterGrid
 from fedlora.privacy.accounting import finite
 from fedlora.privacy.budget import SITS_OUT
-from fedlora.privacy.statement import SIMULATED
+from fedlora.privacy.statement import origin
 from fedlora.protocol import EPSILON
 from fedlora.validation import ReplyRules
 from simulations import checkpoint
@@ -252,7 +252,7 @@ class FederatedRun:
             "seconds": {},
             "epsilon": self._epsilon(server_round),
             "epsilon_median": finite(median(self.epsilons.values())) if self.epsilons else None,
-            "privacy": None if self.config.privacy.name == "none" else SIMULATED,
+            "privacy": None if self.config.privacy.name == "none" else origin(self.federation.deployed),
         }
         if self.config.privacy.secret_cohort:
             record |= {"cohort": None, "failures": nameless(failures)}

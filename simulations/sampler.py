@@ -22,7 +22,8 @@ def cohort(config: Config, clients: Sequence[str], server_round: int) -> tuple[s
     size = config.cohort.size
     if size is None or size >= len(clients):
         return tuple(clients)
-    rng = numpy_rng(config.seed, "cohort", server_round)
+    secret = config.privacy.secret
+    rng = numpy_rng(config.seed if secret is None else secret, "cohort", server_round)
     if config.privacy.secret_cohort:
         joins = rng.random(len(clients)) < size / len(clients)
         return tuple(client for client, drawn in zip(clients, joins, strict=True) if drawn)

@@ -24,7 +24,7 @@ from fedlora.config import PrivacyConfig
 from fedlora.errors import InputError
 from fedlora.model import AdaptedModel
 from fedlora.privacy.client_level import clipped_sum, epsilon_of, moved, next_clip, split_noise, update_of
-from fedlora.privacy.randomness import Seeded
+from fedlora.privacy.randomness import Seeded, System
 from fedlora.privacy.statement import privacy_summary
 from fedlora.protocol import CLIP, EXAMPLES, LOSS, NOISE
 from fedlora.seeding import derive_seed
@@ -140,8 +140,8 @@ class ClientLevel:
         clip: that norm.
     """
 
-    def __init__(self, settings: PrivacyConfig, budget: Budget, seed: int) -> None:
-        """``seed``: of the noise, which exists in a simulation only."""
+    def __init__(self, settings: PrivacyConfig, budget: Budget, seed: int | None) -> None:
+        """``seed``: of a simulation's noise; ``None``: the noise comes from the operating system."""
         assert settings.clip is not None
         self.settings, self.budget, self.seed = settings, budget, seed
         self.clip = settings.clip
@@ -166,6 +166,7 @@ class ClientLevel:
             settings.clip,
             settings.accountant,
             condition="" if budget.rate is None else "or who, and how many, took part in a round",
+            deployed=self.seed is None,
         )
 
     def instructions(self) -> dict[str, Any]:
@@ -208,7 +209,8 @@ class ClientLevel:
     def _noisy_sum(self, server_round: int, updates: Iterator[Tensor], numbers: int) -> Tensor:
         """The sum of updates with its noise, fp64 ``[numbers]``; an adaptive clip moves on."""
         budget, settings = self.budget, self.settings
-        deviation, draws = budget.noise_multiplier * self.clip, Seeded(derive_seed(self.seed, "privacy", server_round))
+        deviation = budget.noise_multiplier * self.clip
+        draws = System() if self.seed is None else Seeded(derive_seed(self.seed, "privacy", server_round))
         if settings.noise == "clients":  # those who have answered have clipped their updates, and added their shares
             total, answered = clipped_sum(updates, math.inf, numbers)
             missing = max(budget.clients - len(answered), 0) / budget.clients

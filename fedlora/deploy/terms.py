@@ -116,6 +116,7 @@ def terms_of(worker: Worker, run: str, config: str | None = None, clients: Itera
 def common_config(config: Config) -> str:
     """The configuration as JSON, with the server's own paths and names left out."""
     values = config.model_dump(mode="json")
+    values["privacy"]["secret"] = None
     values["data"] |= {"path": None, "client": None, "group": None}
     if values["backbone"]["path"] and Path(values["backbone"]["path"]).exists():
         values["backbone"]["path"] = None

@@ -16,7 +16,8 @@ def record_privacy(federation: Federation, spent: float | None = None) -> dict[s
     Beside what :func:`~fedlora.privacy.statement.privacy_summary` has, ``clients`` says of the client with the fewest
     rows and of the one with the most: ``rows``, ``noise_multiplier``, ``sample_rate`` and ``delta``, and the ``steps``
     and ``epsilon`` of a run in which it trains in every round that its budget is for. ``noise_multiplier`` is the
-    smallest and ``delta`` the largest of any client, which weigh most.
+    smallest and ``delta`` the largest of any client, which weigh most. The server of a deployment knows no client's
+    rows: there ``clients`` is empty and the others are ``None`` where the configuration leaves them to the clients.
 
     Raises:
         InputError: no noise keeps the budget.
@@ -25,7 +26,7 @@ def record_privacy(federation: Federation, spent: float | None = None) -> dict[s
     privacy, rounds = config.privacy, config.privacy.rounds or max(config.rounds, 1)
     sizes = sorted((len(rows), client) for client, rows in federation.index.train.items())
     clients: list[dict[str, Any]] = []
-    for rows, client in dict.fromkeys((sizes[0], sizes[-1])):
+    for rows, client in dict.fromkeys((sizes[0], sizes[-1])) if sizes[-1][0] else ():
         mechanism = mechanism_for(privacy, config.client, config.rounds, client, rows, 0)
         delta = delta_for(privacy, client, rows)
         epsilon = finite(epsilon_of([mechanism.cost] * rounds, delta, privacy.accountant))
@@ -39,9 +40,11 @@ def record_privacy(federation: Federation, spent: float | None = None) -> dict[s
                 "delta": delta,
             }
         )
-    noise, delta = min(c["noise_multiplier"] for c in clients), max(c["delta"] for c in clients)
+    noise = min((c["noise_multiplier"] for c in clients), default=privacy.noise_multiplier)
+    delta = max((c["delta"] for c in clients), default=privacy.delta)
     epsilons = [c["epsilon"] for c in clients]
     bound = finite(spent) if spent is not None else None if None in epsilons else max(epsilons)
     clip = privacy.clip
     assert clip is not None
-    return {**privacy_summary("record", bound, delta, noise, clip, privacy.accountant), "clients": clients}
+    summary = privacy_summary("record", bound, delta, noise, clip, privacy.accountant, deployed=federation.deployed)
+    return {**summary, "clients": clients}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -111,7 +112,10 @@ def serve_again(run_dir: Path, *, merged: bool = False) -> dict[str, Any]:
 def server_worker(config: Config, serving: Serving, folder: RunFolder) -> Worker:
     """A worker that knows the clients by name only, and has the server's own rows."""
     engine = EngineConfig(name="deploy", workers=0, threads=config.engine.threads, packing=config.engine.packing)
-    config = config.model_copy(update={"engine": engine})
+    update: dict[str, Any] = {"engine": engine}
+    if config.privacy.secret_cohort and config.privacy.secret is None:
+        update["privacy"] = config.privacy.model_copy(update={"secret": secrets.randbits(63)})
+    config = config.model_copy(update=update)
     if not serving.clients:
         raise InputError("There are no clients: put their public keys into the folder of certificates, under clients/.")
     if config.adapter.get("groups") == "natural":
