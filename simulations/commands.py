@@ -139,7 +139,10 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> int:
 def _join(options: argparse.Namespace, overrides: list[str]) -> int:
     from simulations.deploy.command import join
 
-    join(options, overrides)
+    try:
+        join(options, overrides)
+    except KeyboardInterrupt:
+        print("\nLeft.", file=sys.stderr)
     return 0
 
 

@@ -89,8 +89,8 @@ def caption(summaries: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def _label(item: Mapping[str, Any]) -> str:
-    """The label of a run as a cell; what a private one says of itself is on a line of its own."""
-    return escape(item["label"].replace(", ", "\n", 1))
+    """The label of a run as a cell; what a private one says of itself is on lines of its own."""
+    return escape(item["label"].replace(", ", "\n", 1).replace(f" ({SIMULATED})", f"\n({SIMULATED})"))
 
 
 def _spending(items: Sequence[Mapping[str, Any]]) -> list[str]:

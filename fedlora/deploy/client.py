@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora.client import Worker, asks_for_training
-from fedlora.config import Config, EngineConfig
+from fedlora.config import EngineConfig, load_config
 from fedlora.deploy.datasets import client_dataset, own_data
 from fedlora.deploy.guard import Guard
 from fedlora.deploy.policy import Policy
@@ -137,7 +137,7 @@ class DeployedClient:
         """A worker for a run, with the rows of this client alone and randomness from its own machine."""
         folder = self.home.folder_of(terms.run)
         values: dict[str, Any] = json.loads(terms.config)
-        config = Config.model_validate(values)
+        config = load_config(values)
         self.guard.check_run(terms, config)
         backbone = config.backbone.model_copy(update={"path": self.home.backbone or config.backbone.path})
         data = own_data(config, Schema(terms.labels), self.home.data, **self.home.columns)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from itertools import pairwise
 
 import httpx
 from flwr.common.constant import SubStatus
@@ -40,10 +42,17 @@ class Executor:
         """A SuperNode that goes away meanwhile takes the task with it; the server hears of that from its SuperLink."""
         try:
             with self.queue.working(token) as connection:
+                times = [time.perf_counter()]
                 message, context, _, _ = pull_task_input(connection)
                 with self._one_at_a_time:
+                    times.append(time.perf_counter())
                     reply = self.client.handle(message)
+                    times.append(time.perf_counter())
                     push_message(connection, reply, context)
+                times.append(time.perf_counter())
                 push_task_output(connection, context, SubStatus.COMPLETED, "")
+                seconds = [later - earlier for earlier, later in pairwise(times)]
+                kind = message.metadata.message_type
+                log.info("%s: fetched in %.2f s, answered in %.2f s, handed over in %.2f s", kind, *seconds)
         except (httpx.HTTPError, RuntimeError) as error:
             log.warning("a message was lost: %s", error)

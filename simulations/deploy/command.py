@@ -17,6 +17,7 @@ from fedlora.errors import InputError
 from simulations.cli import PORT
 from simulations.messages import say
 
+log = logging.getLogger("fedlora")
 OWN_SETTINGS = ("data.text", "data.text_pair", "data.label", "data.messages", "data.choices", "backbone.path")
 SERVER_FILES = ("ca.crt", "server.pem", "server.key")
 
@@ -87,7 +88,10 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     policy = Policy.read(Path(options.policy)) if options.policy else Policy()
     home = Home(folder, client, str(Path(options.data).resolve()), columns, settings.get("backbone.path"), policy)
     folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("fedlora").setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     server = options.server if ":" in options.server else f"{options.server}:{PORT}"
     say("code", what_runs())
     say("joining", f"{server} as '{client}'; stop with Ctrl-C", "bold")
