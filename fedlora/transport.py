@@ -17,7 +17,8 @@ message causes it (plain; over TLS 22 to 44 bytes more each way):
 - the TLS handshake of a connection: 0.6 kB up, 1.9 kB down with one RSA certificate of 2048 bits, more with a chain.
   Connections are kept alive for 5 s without a request, and objects travel over two at once, so that a client that works
   for longer in every round shakes hands three times a round;
-- an object that is asked for again because the server had not got it yet, and whatever is repeated after a failure.
+- an object that is asked for again because the server had not got it yet, and whatever is repeated after a failure;
+- pieces of less than :data:`RECORD` bytes in the middle of a body: 11 among the 770 of 12 MiB in one of six exchanges.
 """
 
 from __future__ import annotations
