@@ -123,12 +123,12 @@ class Proxy:
         with suppress(OSError):  # shut down
             while True:
                 client, _ = self._listener.accept()
-                self.opened.append(time.time())
                 self._threads.append(threading.Thread(target=self._forward, args=(client,)))
                 self._threads[-1].start()
 
     def _forward(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self.target)) as server:
+        with client, suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.target)) as server:
+            self.opened.append(time.time())
             down = threading.Thread(target=self._pump, args=(server, client, "down"))
             down.start()
             self._pump(client, server, "up")

@@ -28,7 +28,7 @@ def test_a_deployed_run_over_tls_has_the_bits_of_the_loop_engine(make: MakeDeplo
         assert "test_accuracy" in two["metrics"]
     ledgers = [pd.read_parquet(f / "ledger.parquet") for f in (simulated / "run", deployment.run)]
     ledgers[1] = ledgers[1][ledgers[1]["round"] > 0].reset_index(drop=True)  # where they agree on the terms
-    columns = ["round", "client", "direction", "payload", "setup", "status"]
+    columns = ["round", "client", "direction", "payload", "setup", "transport", "status"]
     pd.testing.assert_frame_equal(ledgers[0][columns], ledgers[1][columns])
     for client in clients.values():
         assert client.process.poll() is None, client.said  # ready for the next run
