@@ -165,7 +165,7 @@ class Federation:
                 f"privacy={config.privacy.name} does not cover them: use adapter.basis=gradient, which looks at public "
                 f"rows only. {others}"
             )
-        if adapter.needs_public_sample and len(self.index.public) == 0:
+        if adapter.needs_public_sample and config.data.split.public_rows == 0:  # a deployed client has none of them
             raise InputError(
                 f"adapter={adapter.label} starts from gradients of rows that the server may look at: set "
                 f"data.split.public_rows (for example 128). {others}"

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if options.command in ("methods", "resume", "forget", "certs", "bench") and overrides:
+    if options.command in ("methods", "resume", "forget", "certs", "audit", "bench") and overrides:
         parser.error(f"'{options.command}' takes no settings, got {overrides[0]!r}")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     working_directory = os.getcwd()
@@ -93,8 +93,14 @@ def deployment(command: Callable[..., argparse.ArgumentParser]) -> None:
     serve.add_argument("--wait-for", type=int, metavar="N", help="clients to wait for at the start (default: all)")
     serve.add_argument("--merged", action="store_true", help="also write the whole model with the adapter merged in")
     join = command("join", "one real client with rows of its own", JOINING)
-    join.add_argument("server", metavar="SERVER", help=f"host or host:port of the server (default port {PORT})")
+    join.add_argument(
+        "server", metavar="SERVER", nargs="?", help=f"host or host:port of the server (default port {PORT})"
+    )
     join.add_argument("--data", required=True, metavar="FILE", help="the client's rows: .csv, .jsonl or .parquet")
+    join.add_argument(
+        "--check", action="store_true",
+        help="without any network: do the rows suit a run with these settings, which are those of 'fedlora serve'?",
+    )  # fmt: skip
     join.add_argument("--ca", metavar="FILE", help="certificate that the server's is checked with")
     join.add_argument("--key", metavar="FILE", help="the client's private key; its name is the client's id")
     join.add_argument("--insecure", action="store_true", help="no encryption, no key: for a test on one machine")
@@ -150,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("folder", metavar="FOLDER", help="a new folder")
     deployment(command)
     certificates(command("certs", "certificates of a server, or the key of a client, for a run with real clients"))
+    audit = command("audit", "see whether a client's audit log is as it was written")
+    audit.add_argument("log", metavar="LOG", help="audit.jsonl, or the client's folder that it lies in")
     report = command("report", "one page of figures and a table from finished runs, that opens offline")
     report.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, folders of sweeps, patterns")
     report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default report.html)")

@@ -106,6 +106,18 @@ def _certs(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _audit(options: argparse.Namespace, overrides: list[str]) -> int:
+    from fedlora.deploy.audit import AUDIT, verify  # only this command needs it
+
+    log = Path(options.log)
+    log = log / AUDIT if log.is_dir() else log
+    if not log.is_file():
+        raise InputError(f"There is no audit log {log}.")
+    verdict = verify(log)
+    print(f"{log}: {verdict}")
+    return 0 if verdict.broken is None else 1
+
+
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     from simulations.report import Report  # only this command needs it
 
@@ -137,8 +149,10 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _join(options: argparse.Namespace, overrides: list[str]) -> int:
-    from simulations.deploy.command import join
+    from simulations.deploy.command import check, join
 
+    if options.check:
+        return check(options, overrides)
     try:
         join(options, overrides)
     except KeyboardInterrupt:
@@ -156,6 +170,7 @@ COMMANDS = {
     "serve": _serve,
     "join": _join,
     "certs": _certs,
+    "audit": _audit,
     "report": _report,
     "bench": _bench,
 }

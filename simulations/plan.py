@@ -48,17 +48,21 @@ from strategies.means import completed, weights
 FP32 = 4
 
 
-def plan_run(config: Config) -> dict[str, Any]:
+def plan_run(config: Config, federation: Federation | None = None) -> dict[str, Any]:
     """Return the plan of one run: parameters and bytes per client and round, per run, memory and work.
 
     ``upload_params``, ``download_params`` are per client and round (the mean where rounds differ), ``setup_params``
     once per client (again whenever the strategy changes them); ``total_bytes`` is every message of the run,
     ``total_transport_bytes`` what they cost on the clients' sockets (:mod:`fedlora.transport`, over TLS).
 
+    Args:
+        config: of the run.
+        federation: of that configuration, with other rows than those that it names.
+
     Raises:
         InputError: as the run itself would.
     """
-    federation = Federation(config)
+    federation = federation or Federation(config)
     model = federation.build_meta_model()
     strategy = build_strategy(config.strategy, model)
     private = client_level(federation, model, strategy)

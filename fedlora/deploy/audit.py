@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+AUDIT = "audit.jsonl"
+"""The log in a client's folder."""
 FIRST = "0" * 64
 """In place of the hash of a line before the first."""
 TORN = "a line was cut short"
@@ -38,6 +40,12 @@ class Verdict:
     broken: int | None
     reason: str
     last: str
+
+    def __str__(self) -> str:
+        if self.broken is not None:
+            return f"line {self.broken} of {self.lines} is not as it was written: {self.reason}"
+        note = f" ({self.reason})" if self.reason else ""
+        return f"{self.lines} lines, all as they were written{note}; hash of the last: {self.last}"
 
 
 class AuditLog:

@@ -10,14 +10,11 @@ from flwr.app import Message, MetricRecord
 
 from fedlora.config import Config
 from fedlora.deploy.allowance import Allowance
-from fedlora.deploy.audit import AuditLog
+from fedlora.deploy.audit import AUDIT, AuditLog
 from fedlora.deploy.code import code_hash
 from fedlora.deploy.policy import Policy
 from fedlora.deploy.terms import Terms
 from fedlora.wire import message_bytes
-
-AUDIT = "audit.jsonl"
-"""The audit log in a client's folder."""
 
 
 class Guard:

@@ -80,12 +80,12 @@ class Policy(Settings):
             raise InputError(f"{path} must have lines such as 'max_rounds: 20'.")
         return validate(cls, values, "policy")
 
-    def check_run(self, config: Config, fingerprint: str, code: str) -> None:
+    def check_run(self, config: Config, fingerprint: str | None, code: str) -> None:
         """See whether a run may be joined, before anything of it is loaded.
 
         Args:
             config: as the server says it.
-            fingerprint: of the terms of the run.
+            fingerprint: of the terms of the run; ``None``: the server has not said them yet.
             code: hash of the installed code.
 
         Raises:
@@ -251,9 +251,9 @@ class Policy(Settings):
                 "use privacy.noise=clients"
             )
 
-    def _listed(self, field: str, what: str, value: str) -> None:
+    def _listed(self, field: str, what: str, value: str | None) -> None:
         allowed = getattr(self, field)
-        if allowed is not None and value not in allowed:
+        if allowed is not None and value is not None and value not in allowed:
             raise PolicyError(f"{what} '{value}', which is not among this client's policy.{field}")
 
     def _at_most(self, setting: str, value: int, field: str) -> None:

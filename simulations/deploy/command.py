@@ -50,6 +50,22 @@ def serve(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     return serve_run(config, Path(config.run_dir), serving, merged=options.merged)
 
 
+def check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print what a run with these settings would find and need here; returns 2 if it cannot be joined so.
+
+    Raises:
+        InputError: the settings or the rows cannot work.
+    """
+    from simulations.compose import compose_config
+    from simulations.deploy.check import check as check_rows
+    from simulations.deploy.check import described
+
+    policy = Policy.read(Path(options.policy)) if options.policy else Policy()
+    findings = check_rows(compose_config(overrides), options.data, policy)
+    print(described(findings))
+    return 0 if all(finding.fits for finding in findings) else 2
+
+
 def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Join a server as the options say, until interrupted.
 
@@ -61,6 +77,8 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from fedlora.deploy.client import Home
     from fedlora.deploy.join import join as join_server
 
+    if options.server is None:
+        raise InputError("Name the server, such as fl.example.org:9092; or --check, which needs none.")
     if options.insecure and (options.ca or options.key):
         raise InputError("--insecure uses neither --ca nor --key: leave it out, or them.")
     if options.insecure and not options.id:

@@ -15,11 +15,10 @@ from flwr.app import Message, MessageType, RecordDict
 from fedlora import wire
 from fedlora.client import Worker, instruct
 from fedlora.config import Config
-from fedlora.deploy.audit import verify
+from fedlora.deploy.audit import AUDIT, verify
 from fedlora.deploy.client import IDENTITY, DeployedClient, Home
 from fedlora.deploy.code import code_hash
 from fedlora.deploy.datasets import server_dataset
-from fedlora.deploy.guard import AUDIT
 from fedlora.deploy.policy import Policy
 from fedlora.deploy.terms import TERMS, Terms, terms_of
 from fedlora.federation import Federation, task_of
@@ -117,6 +116,14 @@ def test_what_happens_is_in_the_log_and_every_byte_is_counted(site: MakeSite) ->
     assert used.upload == sum(line["bytes"] for line in log if line["event"] == "answered")
     assert used.download == sum(line["bytes"] for line in log if line["event"] == "received")
     assert used.trainings == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [["method=fed_sb"], ["method=ravan"], ["method=flora"], RECORD], ids=lambda s: s[0]
+)
+def test_methods_are_joined_that_need_what_only_the_server_has(site: MakeSite, settings: list[str]) -> None:
+    here = site(*settings)
+    assert here.meet(here.client()) is None
 
 
 @pytest.mark.parametrize(
