@@ -303,6 +303,22 @@ class Worker:
         noise = (System() if self.deployed else Seeded(seed)).normal(update.shape, float(asked[NOISE]))  # pyright: ignore
         return moved(start, update + noise)
 
+    def spent(self, clients: Iterable[str], server_round: int) -> dict[str, float]:
+        """Epsilon of everything that ``clients`` have released up to a round, where this store has their releases.
+
+        In a simulation that is known of clients, too, whose last reply never reached the server.
+        """
+        if self.budget is None:
+            return {}
+        found = {}
+        for client in clients:
+            if self.budget.path(client).exists():
+                records = len(self.federation.index.train[client])
+                mechanism = self._mechanism(records, server_round, client)
+                assert mechanism is not None
+                found[client] = self.budget.spent(client, records, server_round, mechanism)
+        return found
+
     def frozen(self, references: Mapping[str, str]) -> Frozen:
         """The basis and the base correction of a client."""
         key = references.get("setup"), references.get("correction")

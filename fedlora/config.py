@@ -170,13 +170,51 @@ class CohortConfig(Settings):
 
     Attributes:
         size: clients of a round; ``None``: all.
+        spares: further clients that are asked; of all usable replies the first ``size`` count.
+        deadline: seconds that a round waits for replies; ``None``: until all are there.
+        min_replies: with fewer usable replies a round leaves the global state as it is, and the run goes on; ``None``:
+            one is enough, and the run ends where all clients of a round fail.
         max_examples: rows that a client may say it has, which is what its update counts; ``None``: any number.
         max_update_norm: of what a client may change in the tensors that it sends, all together; ``None``: any.
     """
 
     size: Count | None
+    spares: Annotated[int, Field(ge=0)] = 0
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    min_replies: Count | None = None
     max_examples: Count | None = None
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> CohortConfig:
+        if self.spares and self.size is None:
+            raise ValueError("cohort.spares are asked beside cohort.size clients, and cohort.size=null asks all")
+        if self.min_replies is not None and self.size is not None and self.min_replies > self.size:
+            raise ValueError(f"cohort.min_replies = {self.min_replies} is more than cohort.size = {self.size} can send")
+        return self
+
+
+class FaultsConfig(Settings):
+    """What goes wrong in a simulation: ``none``, or ``random`` faults from the seed.
+
+    Attributes:
+        name: whether anything does.
+        dropout: probability that a client does no work in a round.
+        crash: probability that it does its work and its reply is lost.
+        delay: mean seconds until a reply is there; those after ``cohort.deadline`` are late.
+    """
+
+    name: Literal["none", "random"]
+    dropout: Fraction = 0.0
+    crash: Fraction = 0.0
+    delay: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _of_random_only(self) -> FaultsConfig:
+        foreign = [key for key in ("dropout", "crash", "delay") if self.name == "none" and getattr(self, key)]
+        if foreign:
+            raise ValueError(f"faults.{foreign[0]} is a setting of faults=random")
+        return self
 
 
 class CheckpointConfig(Settings):
@@ -344,6 +382,18 @@ class Config(Settings):
     privacy: PrivacyConfig
     tracking: TrackingConfig
     wire: WireConfig
+    faults: FaultsConfig = FaultsConfig(name="none")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Config:
+        if self.faults.delay and self.cohort.deadline is None:
+            raise ValueError("faults.delay has no effect without cohort.deadline, the seconds that a round waits")
+        if self.privacy.secret_cohort and (self.cohort.spares or self.cohort.min_replies is not None):
+            raise ValueError(
+                "privacy.secret_cohort=true draws every client by a coin of its own and tells nobody how many there "
+                "were: set cohort.spares=0 and cohort.min_replies=null"
+            )
+        return self
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -102,6 +102,7 @@ def _parsed(header: str) -> tuple[int | None, int, list[str], list[str], list[li
         type(until) is int
         and (since is None or (type(since) is int and 0 <= since < until))
         and until > 0
+        and modules
         and all(type(module) is str for module in modules)
         and len(set(modules)) == len(modules)
         and isinstance(ranks, list)
@@ -141,7 +142,7 @@ class CorrectionLog:
 
     def update_since(self, since: int | None) -> CorrectionUpdate | None:
         """The cheapest update for a client at version ``since``; ``None`` when it is up to date."""
-        if since == self.version:
+        if since == self.version or self.version == 0:  # nobody can hold anything else than the first base
             return None
         missed = [] if since is None else list(range(since + 1, self.version + 1))
         known = bool(missed) and all(version in self.recent for version in missed)

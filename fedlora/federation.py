@@ -138,15 +138,24 @@ class Federation:
         self.adapter.clients = self.clients
         self.adapter.groups = groups_of_clients(self.dataset.rows, self.index)
         self._capabilities: dict[str, Capability] = {}
-        size = config.cohort.size
-        if size is not None and size > len(self.clients):
-            raise InputError(
-                f"cohort.size = {size}, but there are only {len(self.clients)} training clients. "
-                f"Use cohort.size <= {len(self.clients)}, or cohort.size=null for all of them."
-            )
+        self._check_cohort()
         self._check_gradients()
         if config.privacy.name == "record":
             check_record_privacy(self)
+
+    def _check_cohort(self) -> None:
+        """Refuse to ask more clients in a round than there are."""
+        size, spares, there = self.config.cohort.size, self.config.cohort.spares, len(self.clients)
+        if size is not None and size > there:
+            raise InputError(
+                f"cohort.size = {size}, but there are only {there} training clients. "
+                f"Use cohort.size <= {there}, or cohort.size=null for all of them."
+            )
+        if size is not None and size + spares > there:
+            raise InputError(
+                f"cohort.size + cohort.spares = {size + spares}, but there are only {there} training clients. Use "
+                f"cohort.spares <= {there - size}."
+            )
 
     def _check_gradients(self) -> None:
         """Refuse an adapter that starts from gradients where there are none, or none that may be looked at."""

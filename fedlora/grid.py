@@ -27,6 +27,8 @@ from fedlora.ranks import crop
 from fedlora.validation import ReplyRules, printable
 
 CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
+NOT_NEEDED = "not needed: enough others answered"
+"""Why the reply of a client is not used that has done nothing wrong."""
 
 
 def node_of(client: str) -> int:
@@ -42,6 +44,11 @@ def error_reply(request: Message, reason: str) -> Message:
 def reason_of(reply: Message) -> str:
     """Why a client failed, as it says: one line."""
     return printable(reply.error.reason or "") or "no reason given"
+
+
+def late(timeout: float | None) -> str:
+    """Why there is no reply."""
+    return "it did not answer" if timeout is None else f"late: no reply within {timeout:g} s"
 
 
 @contextmanager
@@ -108,7 +115,7 @@ class ClientGrid(Grid):
         return Run.create_empty(run_id=TaskIdentity.run_id)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send all messages and return the replies, both in cohort order.
+        """Send all messages and return a reply for each, both in cohort order; one that did not come is an error.
 
         Flower's strategies shuffle the nodes with the global random generator; without this order their sums, and
         so a run's bits, would depend on it.
@@ -117,10 +124,14 @@ class ClientGrid(Grid):
         requests = sorted(messages, key=lambda message: place.get(message.metadata.dst_node_id, len(place)))
         replies = self.exchange(requests, timeout)
         by_request = {reply.metadata.reply_to_message_id: reply for reply in replies}
-        return [by_request[r.metadata.message_id] for r in requests if r.metadata.message_id in by_request]
+        return [by_request.get(r.metadata.message_id) or error_reply(r, late(timeout)) for r in requests]
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
-        """Do the work of :meth:`send_and_receive`; subclasses implement it."""
+        """Do the work of :meth:`send_and_receive`; subclasses implement it.
+
+        Whoever has not answered within ``timeout`` seconds is left out (``None``: all are waited for). In a simulation
+        time is virtual, and engines wait for all.
+        """
         raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

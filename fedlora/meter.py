@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, Message
 
 from fedlora import wire
-from fedlora.grid import ClientGrid, GridLayer, reason_of
+from fedlora.grid import ClientGrid, GridLayer, late, reason_of
 from fedlora.ledger import Entry, Ledger
 from fedlora.transport import transport_bytes
 
@@ -21,6 +21,16 @@ class MeterGrid(GridLayer):
     def __init__(self, inner: ClientGrid, ledger: Ledger) -> None:
         super().__init__(inner)
         self.ledger, self.tls = ledger, inner.tls
+
+    def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
+        """Record replies that never came, too: no bytes, and why."""
+        replies = super().exchange(requests, timeout)
+        answered = {reply.metadata.reply_to_message_id for reply in replies}
+        for request in requests:
+            if request.metadata.message_id not in answered:
+                client = self.client_of(request.metadata.dst_node_id)
+                self.ledger.add(Entry(self.server_round, client, "up", 0, 0, 0, 0, late(timeout)))
+        return replies
 
     def down(self, request: Message) -> Message:
         """Record the message to the client."""

@@ -43,6 +43,7 @@ class Capabilities:
         model: AdaptedModel,
         differences: Collection[str],
         known: Mapping[str, Capability],
+        deadline: float | None = None,
     ) -> None:
         """Ask through ``grid``, and serve what ``model`` can.
 
@@ -51,9 +52,10 @@ class Capabilities:
             model: of the run.
             differences: in what clients may differ; where that is nothing, nobody is asked.
             known: from a checkpoint.
+            deadline: seconds that answers are waited for.
         """
         self.grid, self.model, self.differences = AnnouncementGrid(grid), model, differences
-        self.known = dict(known)
+        self.known, self.deadline = dict(known), deadline
 
     def of(self, client: str) -> Capability:
         """What ``client`` is able to train: everything, where it was never asked."""
@@ -65,20 +67,19 @@ class Capabilities:
         if not strangers:
             return {}
         self.grid.begin_round(server_round, strangers)
-        replies = self.grid.send_and_receive(
+        questions = [
             Message(
                 RecordDict({"config": ConfigRecord({"server-round": server_round})}),
                 self.grid.address(client),
                 MessageType.QUERY,
             )
             for client in strangers
-        )
-        refused = dict.fromkeys(strangers, "it did not say what it is able to train")
-        for reply in replies:
+        ]
+        refused = {}
+        for reply in self.grid.send_and_receive(questions, timeout=self.deadline):
             client = self.grid.client_of(reply.metadata.src_node_id)
             try:
                 self.known[client] = self._served(reply)
-                del refused[client]
             except FedloraError as error:
                 refused[client] = f"its announcement cannot be served: {error}"
         return refused

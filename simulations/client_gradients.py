@@ -31,17 +31,18 @@ class GradientGrid(CodecGrid):
         return RecordDict({"gradients": wire.TensorRecord(validation.gradients(reply, self._gradients))})
 
 
-def ask(grid: ClientGrid, clients: Sequence[str]) -> list[Message]:
+def ask(grid: ClientGrid, clients: Sequence[str], deadline: float | None = None) -> list[Message]:
     """Ask ``clients`` for the gradients of their rows, as round 0; returns their replies, errors among them."""
     grid.begin_round(0, clients)
-    return grid.send_and_receive(
+    requests = [
         Message(
             RecordDict({"config": ConfigRecord({"server-round": 0, GRADIENTS: True})}),
             grid.address(client),
             MessageType.TRAIN,
         )
         for client in clients
-    )
+    ]
+    return grid.send_and_receive(requests, timeout=deadline)
 
 
 def summed(replies: Sequence[Message]) -> State:

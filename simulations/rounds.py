@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
@@ -17,15 +17,12 @@ from fedlora import wire
 from fedlora.adapters import State
 from fedlora.capability import Capability, announced, announcement
 from fedlora.client import Worker
-from fedlora.errors import FedloraError, InputError
-from fedlora.grid import ClientGrid, CodecGrid, SetupGrid, collector_paused, reason_of
+from fedlora.grid import ClientGrid, CodecGrid, SetupGrid, collector_paused
 from fedlora.layouts import Layouts
 from fedlora.ledger import Ledger
 from fedlora.meter import MeterGrid
 from fedlora.privacy.accounting import finite
-from fedlora.privacy.budget import SITS_OUT
 from fedlora.privacy.statement import origin
-from fedlora.protocol import EPSILON
 from fedlora.validation import ReplyRules
 from simulations import checkpoint
 from simulations.announcements import Capabilities
@@ -34,6 +31,8 @@ from simulations.client_gradients import GradientGrid, ask, summed
 from simulations.client_privacy import client_level
 from simulations.evaluator import Evaluation, Evaluator
 from simulations.exactness import Exactness
+from simulations.faults import FaultGrid
+from simulations.replies import Replies, failed_in, nameless, spent_by
 from simulations.run_folder import RunFolder
 from simulations.sampler import NOBODY, cohort
 from strategies.base import FederatedStrategy, Server
@@ -86,12 +85,15 @@ class FederatedRun:
         self._engine_changes: dict[str, Any] = {}
         self._engine: ClientGrid
         self._exactness = Exactness(worker.model, self.ours, self.config.seed)
+        self._replies = Replies(self.config, self.ledger)
+        self._communicates = self.ours is None or self.ours.communicates
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
-        communicates = self.ours is None or self.ours.communicates
-        differences = self.federation.differences if communicates else {}
-        self._capabilities = Capabilities(self._metered(engine), self.worker.model, differences, self._known)
+        differences = self.federation.differences if self._communicates else {}
+        self._capabilities = Capabilities(
+            self._metered(engine), self.worker.model, differences, self._known, self.config.cohort.deadline
+        )
         self._known = self._capabilities.known
         if self.ours is not None:
             self.ours.begin_run(Server(self.frozen, self._public_gradients, self._capabilities.of))
@@ -102,7 +104,10 @@ class FederatedRun:
         return CodecGrid(self._setup, layouts.down, layouts.up, self.config.wire.dtype, rules)
 
     def _metered(self, engine: ClientGrid) -> ClientGrid:
-        return MeterGrid(engine, self.ledger) if self.ours is None or self.ours.communicates else engine
+        if not self._communicates:
+            return engine
+        faults = self.config.faults
+        return MeterGrid(engine if faults.name == "none" else FaultGrid(engine, faults, self.config.seed), self.ledger)
 
     def run(self, engine: ClientGrid) -> None:
         """Run all rounds that are left.
@@ -129,9 +134,9 @@ class FederatedRun:
         chosen, model = cohort(self.config, self.federation.clients, 1), self.worker.model
         grid = GradientGrid(self._metered(engine), model.weight_shapes)
         with self._clock("train"):
-            replies = ask(grid, chosen)
-        failures = self._failures(0, failed_in(replies, grid), len(replies))
-        model.initialise(self.config.seed, summed(replies))
+            replies = ask(grid, chosen, self.config.cohort.deadline)
+        failures = self._replies.failures(0, failed_in(replies, grid), len(replies))
+        model.initialise(self.config.seed, summed(self._replies.counted(0, replies, grid)))
         self.state = model.read(model.shared)
         self.frozen = self.evaluator.frozen = model.read(model.frozen)
         return chosen, failures
@@ -148,38 +153,58 @@ class FederatedRun:
     def _round(self, server_round: int, grid: ClientGrid) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         with self._clock("select"), collector_paused():
-            chosen = cohort(self.config, self.federation.clients, server_round)
+            chosen = self._chosen(server_round)
             refused = self._meet(server_round, chosen)
-            grid.begin_round(server_round, [client for client in chosen if client not in refused] or [NOBODY])
+            asked = [client for client in chosen if client not in refused]
+            grid.begin_round(server_round, asked or [NOBODY])
             before = wire.to_record(self.state)
             more = ConfigRecord({} if self.client_level is None else self.client_level.instructions())
             messages = list(self.strategy.configure_train(server_round, before, more, grid))
             self._tell(lambda c: c.on_round_start(server_round, len(chosen)))
         with self._clock("train"):
-            replies = list(grid.send_and_receive(messages)) if chosen else []
-        failures = refused | self._failures(server_round, failed_in(replies, grid), len(replies))
+            replies = grid.send_and_receive(messages, timeout=self.config.cohort.deadline) if asked else []
+        failures = refused | self._replies.failures(server_round, failed_in(replies, grid), len(replies))
         with self._clock("aggregate"), collector_paused():
-            owners = [grid.client_of(reply.metadata.src_node_id) for reply in replies]
-            self.epsilons |= spent_by(replies, owners)
-            if self.client_level is None:
-                self._exactness.expect(replies, owners, self.state, self.frozen)
-            else:
-                whole = self.ours is not None
-                replies = self.client_level.release(server_round, self.state, messages, replies, whole)
-            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
-            if arrays is not None:
-                self.state = wire.from_record(arrays)
-                self._refreeze(self.ours.frozen() if self.ours is not None else {})
-            error = self._error(arrays is not None)
+            self.epsilons |= spent_by(replies, grid) | self.worker.spent(failures, server_round)
+            loss, error = self._aggregate(server_round, grid, messages, replies)
         del replies, messages  # no longer held while the round is evaluated
-        loss = None if metrics is None or not chosen else metrics.get("train_loss")
-        self._complete(server_round, chosen, loss, failures, error)
+        self._complete(server_round, chosen, loss if asked else None, failures, error)
+
+    def _chosen(self, server_round: int) -> Sequence[str]:
+        """The clients of a round, with spares where their replies can be lost."""
+        drawn = cohort(self.config, self.federation.clients, server_round)
+        return drawn if self._communicates else drawn[: self.config.cohort.size]
+
+    def _aggregate(
+        self, server_round: int, grid: ClientGrid, messages: Sequence[Message], replies: Sequence[Message]
+    ) -> tuple[Any, float | str]:
+        """Make the next state of what came back.
+
+        Returns:
+            The training loss, and the aggregation error or why there is none.
+        """
+        replies = self._replies.counted(server_round, replies, grid)
+        skipped = self._replies.too_few(server_round, replies)
+        if skipped is not None:
+            self.strategy.aggregate_train(server_round, [])
+            return None, skipped
+        if self.client_level is None:
+            owners = [grid.client_of(reply.metadata.src_node_id) for reply in replies]
+            self._exactness.expect(replies, owners, self.state, self.frozen)
+        else:
+            whole = self.ours is not None
+            replies = self.client_level.release(server_round, self.state, messages, replies, whole)
+        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        if arrays is not None:
+            self.state = wire.from_record(arrays)
+            self._refreeze(self.ours.frozen() if self.ours is not None else {})
+        return None if metrics is None else metrics.get("train_loss"), self._error(arrays is not None)
 
     def _meet(self, server_round: int, chosen: Sequence[str]) -> dict[str, str]:
         """Which of the ``chosen`` clients cannot take part in a round, and why."""
         absent = self._engine.meet(server_round, chosen, self.ledger)
         unable = self._capabilities.meet(server_round, [client for client in chosen if client not in absent])
-        return self._failures(server_round, absent | unable, len(chosen))
+        return self._replies.failures(server_round, absent | unable, len(chosen))
 
     def _error(self, aggregated: bool) -> float | str:
         """The aggregation error of the round, or why there is none."""
@@ -204,20 +229,6 @@ class FederatedRun:
             if self.ours is not None and self.ours.frozen_travels:
                 self.sends_frozen = True
                 self._setup.replace(frozen)
-
-    def _failures(self, server_round: int, failed: dict[str, str], asked: int) -> dict[str, str]:
-        """Note which clients failed and why; the round cannot go on if all that were ``asked`` did."""
-        for client, reason in failed.items():
-            self.ledger.refuse(server_round, client, reason)
-        told = nameless(failed) if self.config.privacy.secret_cohort else failed
-        for client, reason in told.items():
-            log.warning("round %d: client '%s' failed: %s", server_round, client, reason)
-        broken = {client: reason for client, reason in told.items() if not reason.startswith(SITS_OUT)}
-        if broken and len(failed) == asked:
-            client, reason = next(iter(broken.items()))
-            kind = InputError if reason.startswith("the loss is") else FedloraError
-            raise kind(f"Round {server_round}: every client failed. Client '{client}': {reason}.")
-        return failed
 
     def _complete(
         self,
@@ -310,22 +321,3 @@ class FederatedRun:
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
-
-
-def spent_by(replies: Sequence[Message], owners: Sequence[str]) -> dict[str, float]:
-    """Epsilon of everything that clients have released, where they say it."""
-    metrics = {
-        o: r.content.metric_records.get("metrics", {}) for o, r in zip(owners, replies, strict=True) if r.has_content()
-    }
-    return {owner: cast(float, each[EPSILON]) for owner, each in metrics.items() if EPSILON in each}
-
-
-def nameless(failures: Mapping[str, str]) -> dict[str, str]:
-    """Failures without the ids of the clients, where nobody may learn who took part in the round."""
-    reasons = [reason.replace(f"'{client}'", "'?'") for client, reason in failures.items()]
-    return {f"? {number}": reason for number, reason in enumerate(reasons, 1)}
-
-
-def failed_in(replies: Sequence[Message], grid: ClientGrid) -> dict[str, str]:
-    """Why clients failed, by client."""
-    return {grid.client_of(r.metadata.src_node_id): reason_of(r) for r in replies if r.has_error()}

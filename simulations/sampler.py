@@ -14,7 +14,7 @@ NOBODY = ""
 
 
 def cohort(config: Config, clients: Sequence[str], server_round: int) -> tuple[str, ...]:
-    """The clients of a round in population order, drawn uniformly without replacement.
+    """The clients of a round in population order, drawn uniformly without replacement; then its spares as drawn.
 
     With ``privacy.secret_cohort`` each is drawn for itself, and ``cohort.size`` is the number that is expected: the
     size of a round varies, and may be 0.
@@ -27,8 +27,10 @@ def cohort(config: Config, clients: Sequence[str], server_round: int) -> tuple[s
     if config.privacy.secret_cohort:
         joins = rng.random(len(clients)) < size / len(clients)
         return tuple(client for client, drawn in zip(clients, joins, strict=True) if drawn)
-    chosen = rng.choice(len(clients), size=size, replace=False)
-    return tuple(clients[int(i)] for i in np.sort(chosen))
+    chosen = np.sort(rng.choice(len(clients), size=size, replace=False))
+    others = np.setdiff1d(np.arange(len(clients)), chosen)
+    spares = numpy_rng(config.seed, "spares", server_round).choice(others, size=config.cohort.spares, replace=False)
+    return tuple(clients[int(i)] for i in (*chosen, *spares))
 
 
 def panel(config: Config, clients: Sequence[str]) -> tuple[str, ...]:

@@ -116,6 +116,8 @@ def server_worker(config: Config, serving: Serving, folder: RunFolder) -> Worker
     if config.privacy.secret_cohort and config.privacy.secret is None:
         update["privacy"] = config.privacy.model_copy(update={"secret": secrets.randbits(63)})
     config = config.model_copy(update=update)
+    if config.faults.name != "none":
+        raise InputError(f"faults={config.faults.name} makes faults in a simulation; real clients have their own.")
     if not serving.clients:
         raise InputError("There are no clients: put their public keys into the folder of certificates, under clients/.")
     if config.adapter.get("groups") == "natural":

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.errors import FedloraError
-from fedlora.grid import ClientGrid, error_reply, reason_of
+from fedlora.grid import ClientGrid, error_reply
 
 
 class FlowerGrid(ClientGrid):
@@ -41,7 +41,7 @@ class FlowerGrid(ClientGrid):
         self._nodes = _wait_for_nodes(grid, nodes)
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
-        """Spread the requests over the nodes and wait for all replies.
+        """Spread the requests over the nodes and wait for all replies, whatever the ``timeout``.
 
         Raises:
             FedloraError: Flower's simulation ended meanwhile.
@@ -53,12 +53,11 @@ class FlowerGrid(ClientGrid):
             (identifier,) = self.grid.push_messages([message])
             physical[identifier] = request
         replies: list[Message] = []
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while physical and (deadline is None or time.monotonic() < deadline):
+        while physical:
             for reply in self.grid.pull_messages(list(physical)):
                 request = physical.pop(reply.metadata.reply_to_message_id)
                 if reply.has_error():
-                    replies.append(error_reply(request, _cause(reason_of(reply))))
+                    replies.append(error_reply(request, _cause(reply.error.reason or "")))
                 else:
                     replies.append(Message(reply.content, reply_to=request))
                 self.on_reply()

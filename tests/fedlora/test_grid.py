@@ -117,7 +117,29 @@ def test_a_client_that_never_answers_costs_only_its_own_update():
     stack = Stack()
     everyone = stack.engine.exchange
     stack.engine.exchange = lambda requests, timeout: everyone(requests, timeout)[1:]  # type: ignore[method-assign]
-    assert [stack.client(message) for message in stack.round()] == ["zoe", "adam"]
+    replies = stack.round()
+    assert [stack.client(message) for message in replies] == list(COHORT)
+    assert [message.has_error() for message in replies] == [False, False, True]
+    assert replies[2].error.reason == "it did not answer"
+    (row,) = [entry for entry in stack.ledger.entries if entry.client == "mia" and entry.direction == "up"]
+    assert (row.payload, row.setup, row.message, row.status) == (0, 0, 0, "it did not answer")
+
+
+def test_a_deadline_reaches_the_engine_and_who_misses_it_is_late():
+    stack = Stack()
+    everyone, seen = stack.engine.exchange, []
+
+    def exchange(requests: list[Message], timeout: float | None) -> list[Message]:
+        seen.append(timeout)
+        return everyone(requests, timeout)[:2]
+
+    stack.engine.exchange = exchange  # type: ignore[method-assign]
+    stack.grid.begin_round(1, COHORT)
+    record = wire.to_record(numbers())
+    replies = stack.grid.send_and_receive([request(n, record) for n in stack.grid.get_node_ids()], timeout=2.5)
+    assert seen == [2.5]
+    assert replies[0].error.reason == "late: no reply within 2.5 s"
+    assert stack.ledger.entries[-1].status == "late: no reply within 2.5 s"
 
 
 def test_replies_come_back_in_cohort_order_whatever_order_the_engine_has():

@@ -282,8 +282,6 @@ class Target:
         )
 
     def _corrects(self, content: Content, header: object) -> bool:
-        if header == "[0,1,[],[],[]]":
-            return is_finite_array(content, "correction", 0)
         return header == self.header and is_finite_array(content, "correction", self.correction)
 
 
