@@ -38,7 +38,7 @@ class ReplyRules:
 
     Attributes:
         losses: whether it may say its loss; a client's policy may keep it.
-        epsilons: whether it says what it has released.
+        epsilons: whether it may say what it has released.
         unbounded_epsilon: whether that may be infinite, as it is without noise.
         max_examples: rows that it may say it has; ``None``: any number.
         max_update_norm: of what it changes in the tensors that it sends; ``None``: any.
@@ -175,7 +175,7 @@ def _metrics(record: MetricRecord, rules: ReplyRules) -> MetricRecord:
         raise FedloraError(f"{EXAMPLES} is {reprlib.repr(examples)}, not a positive integer{most}")
     if LOSS in record and not _is_finite(loss):
         raise FedloraError(f"{LOSS} is {reprlib.repr(loss)}, not a finite number")
-    if rules.epsilons and not (_is_at_least_0(epsilon) or (rules.unbounded_epsilon and epsilon == math.inf)):
+    if EPSILON in record and not (_is_at_least_0(epsilon) or (rules.unbounded_epsilon and epsilon == math.inf)):
         raise FedloraError(f"{EPSILON} is {reprlib.repr(epsilon)}, not a finite number from 0")
     return record
 

@@ -69,6 +69,16 @@ class Replies:
         return reason
 
 
+def alike(replies: Sequence[Message]) -> Sequence[Message]:
+    """Replies with the metrics that all of them have: strategies of Flower end the run where one keeps its loss."""
+    records = [reply.content.metric_records["metrics"] for reply in replies if reply.has_content()]
+    common = set(records[0]).intersection(*records) if records else set()
+    for record in records:
+        for name in set(record) - common:
+            del record[name]
+    return replies
+
+
 def failed_in(replies: Sequence[Message], grid: ClientGrid) -> dict[str, str]:
     """Why clients failed, by client; who was only not waited for has not."""
     reasons = {grid.client_of(r.metadata.src_node_id): reason_of(r) for r in replies if r.has_error()}

@@ -32,7 +32,7 @@ from simulations.client_privacy import client_level
 from simulations.evaluator import Evaluation, Evaluator
 from simulations.exactness import Exactness
 from simulations.faults import FaultGrid
-from simulations.replies import Replies, failed_in, nameless, spent_by
+from simulations.replies import Replies, alike, failed_in, nameless, spent_by
 from simulations.run_folder import RunFolder
 from simulations.sampler import NOBODY, cohort
 from strategies.base import FederatedStrategy, Server
@@ -194,6 +194,7 @@ class FederatedRun:
         else:
             whole = self.ours is not None
             replies = self.client_level.release(server_round, self.state, messages, replies, whole)
+        replies = replies if self.ours is not None else alike(replies)
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
         if arrays is not None:
             self.state = wire.from_record(arrays)

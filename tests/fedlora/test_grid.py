@@ -95,7 +95,6 @@ LIES = {
     "negative examples": (raw_reply(metrics(num_examples=-5, train_loss=0.1)), "num-examples is -5"),
     "fractional examples": (raw_reply(metrics(num_examples=0.5, train_loss=0.1)), "num-examples is 0.5"),
     "listed examples": (raw_reply(metrics(num_examples=[1, 2], train_loss=0.1)), "num-examples is"),
-    "no loss": (raw_reply(metrics(num_examples=3)), "train_loss is None"),
     "nan loss": (raw_reply(metrics(num_examples=3, train_loss=math.nan)), "train_loss is nan"),
     "error": (lambda message: error_reply(message, "out of memory"), "out of memory"),
 }  # fmt: skip
@@ -358,7 +357,8 @@ def test_a_message_that_nobody_answers_is_counted_on_its_way_down():
     stack = Stack()
     stack.engine.exchange = lambda requests, timeout: []  # type: ignore[method-assign]
     stack.round()
-    assert [entry.direction for entry in stack.ledger.entries] == ["down"] * 3
+    assert [entry.direction for entry in stack.ledger.entries] == ["down", "down", "down", "up", "up", "up"]
+    assert {entry.message for entry in stack.ledger.entries[3:]} == {0}
     assert stack.ledger.totals()["transport_up"] == 0
     assert stack.ledger.totals()["transport_down"] > stack.ledger.totals()["message_down"]
 

@@ -137,7 +137,6 @@ def test_an_epsilon_that_nobody_can_have_spent_is_refused(epsilon: object):
     assert not answered(rules=rules, num_examples=1, train_loss=0.5, epsilon=0.0).has_error()
     reply = answered(rules=rules, num_examples=1, train_loss=0.5, epsilon=epsilon)
     assert "epsilon is" in refusal(reply)
-    assert "epsilon is None" in refusal(answered(rules=rules, num_examples=1, train_loss=0.5))
 
 
 def test_without_noise_epsilon_is_infinite_and_that_is_no_lie():

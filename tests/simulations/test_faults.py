@@ -29,6 +29,7 @@ from simulations.run_folder import RunFolder
 from simulations.sampler import cohort
 from simulations.simulate import resume, start
 from strategies import FederatedStrategy, weighted_mean
+from strategies.build import build_strategy
 from tests.conftest import Compose
 from tests.fedlora.helpers import Engine, request
 from tests.simulations.test_resume import KillAt, Killed, assert_same_run
@@ -284,6 +285,26 @@ def test_clients_that_cannot_be_met_are_not_asked(tiny: Compose, tmp_path: Path)
             assert (rows.client == client).sum() == asked
         met |= set(record["cohort"]) - set(fates)
         assert set(record["failures"]) == set(fates)
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam", "FedMedian"])
+def test_a_client_that_keeps_its_loss_does_not_end_a_run_of_flowers_strategies(
+    tiny: Compose, tmp_path: Path, strategy: str
+):
+    class Quiet(LoopGrid):
+        def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
+            replies = super().exchange(requests, timeout)
+            del replies[1].content.metric_records["metrics"]["train_loss"]
+            return replies
+
+    config = tiny(f"strategy._target_=flwr.serverapp.strategy.{strategy}", "rounds=2")
+    worker = Worker(Federation(config), RunFolder(tmp_path / "run").store)
+    RunFolder(tmp_path / "run").create(config)
+    run = FederatedRun(worker, build_strategy(config.strategy, worker.model), RunFolder(tmp_path / "run"))
+    run.run(Quiet(client_app(lambda: worker)))
+    for record in rounds_of(tmp_path / "run")[1:]:
+        assert (record["failures"], record["loss"]) == ({}, None)
+        assert record["aggregation_error"] is not None
 
 
 # Privacy --------------------------------------------------------------------------------------------------------------
