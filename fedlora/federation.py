@@ -91,7 +91,7 @@ def _encoded(data: str, task: str, backbone: str, max_length: int) -> EncodedRow
 
 def encoded(work: Task, rows: pd.DataFrame, schema: Schema, max_length: int) -> EncodedRows:
     """All rows as arrays, from the cache on disk where they were made before."""
-    rows = rows.drop(columns=list(OWNERS), errors="ignore")
+    rows = _without_owners(rows)
     if "image" in rows:
         return work.encode(rows, schema, max_length)
     words = pd.DataFrame(
@@ -100,6 +100,10 @@ def encoded(work: Task, rows: pd.DataFrame, schema: Schema, max_length: int) -> 
     content = hash_pandas_object(words, index=False).to_numpy()
     key = [_code_of(work), work.encoding_key, str(max_length), repr(schema), content.tobytes()]
     return cached(key, lambda: work.encode(rows, schema, max_length))
+
+
+def _without_owners(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.drop(columns=list(OWNERS), errors="ignore")
 
 
 def _written(value: object) -> str:
@@ -225,8 +229,8 @@ class Federation:
         """All rows as arrays."""
         if len(self.dataset.rows) == 0:
             return EncodedRows(np.zeros(1, dtype=np.int64))
-        if self.deployed:
-            return encoded(self.task, self.dataset.rows, self.schema, self.max_length)
+        if self.deployed:  # no copy of the rows is left on the disk
+            return self.task.encode(_without_owners(self.dataset.rows), self.schema, self.max_length)
         return _encoded(*self._key, self.max_length)
 
     def build_model(self) -> AdaptedModel:

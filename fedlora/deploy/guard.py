@@ -79,7 +79,11 @@ class Guard:
         with self.allowance.changing(run) as used:
             self.policy.check_training(config, rows, used, self.allowance.elsewhere(run), asked)
         self.audit.write(
-            "training", run=run, round=asked["server-round"], trainings=used.trainings, epsilon_bound=used.epsilon
+            "training",
+            run=run,
+            round=asked["server-round"],
+            trainings=used.trainings,
+            epsilon_bound=used.epsilon or None,
         )
 
     def answered(self, run: str, reply: Message) -> Message:

@@ -105,7 +105,7 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     folder = Path(options.home or f"client-{client}")
     policy = Policy.read(Path(options.policy)) if options.policy else Policy()
     home = Home(folder, client, str(Path(options.data).resolve()), columns, settings.get("backbone.path"), policy)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

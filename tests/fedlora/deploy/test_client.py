@@ -233,6 +233,19 @@ def test_gradients_of_rows_leave_only_if_the_owner_says_so(site: MakeSite, allow
     assert ("gradients" in [line["event"] for line in here.log]) == allowed
 
 
+def test_no_row_is_written_anywhere(site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    here = site()
+    client = here.client()
+    assert here.meet(client) is None
+    assert not here.train(client).has_error()
+    assert not (tmp_path / "cache").exists()
+    pieces = {" ".join(text.split()[:3]).encode() for text in pd.read_csv(here.rows)["text"]}
+    written = [path for path in here.folder.rglob("*") if path.is_file()]
+    assert written
+    assert [path for path in written for piece in pieces if piece in path.read_bytes()] == []
+
+
 def test_an_unforeseen_failure_says_nothing_of_the_rows_to_anybody_else(site: MakeSite) -> None:
     here = site()
     client = here.client()
