@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,24 @@ class DeployedClient:
         everyone = config.cohort.model_copy(update={"size": None})  # how many take part is the server's affair
         update = {"backbone": backbone, "data": data, "engine": engine, "cohort": everyone, "run_dir": str(folder)}
         config = config.model_copy(update=update)
-        try:
+        with unspoken():
             dataset = client_dataset(config, task_of(config), self.home.client, data, terms.clients)
-        except InputError as error:  # its text may hold something of the rows, and stays here
-            log.error("%s", error)
-            raise FedloraError("its rows do not suit the run; the client's own log says why") from error
         self.guard.check_rows(terms, config, len(dataset.index.train[self.home.client]))
-        return Worker(Federation(config, dataset), ClientStore(folder / "clients"), deployed=True)
+        federation = Federation(config, dataset)
+        with unspoken():
+            len(federation.rows)  # labels and texts are read here
+        return Worker(federation, ClientStore(folder / "clients"), deployed=True)
+
+
+@contextmanager
+def unspoken() -> Iterator[None]:
+    """What is wrong with rows may hold something of them: it is written to the client's own log, and goes nowhere else.
+
+    Raises:
+        FedloraError: instead of any ``InputError``, with nothing of it.
+    """
+    try:
+        yield
+    except InputError as error:
+        log.error("%s", error)
+        raise FedloraError("its rows do not suit the run; the client's own log says why") from error

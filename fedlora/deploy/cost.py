@@ -32,7 +32,7 @@ def record_cost(config: Config, rows: int, trainings: int) -> Cost:
         trainings: that the client has done or is about to do; a repeated one is a new release.
 
     Raises:
-        PolicyError: delta is so large that one whole row could be given away.
+        PolicyError: delta is so large that one whole row could be given away, or no noise is enough.
     """
     from fedlora.privacy.accounting import epsilon_of
     from fedlora.privacy.mechanism import delta_for, mechanism_for
@@ -40,14 +40,14 @@ def record_cost(config: Config, rows: int, trainings: int) -> Cost:
     privacy = config.privacy
     try:
         delta = delta_for(privacy, "", rows)
-    except InputError:
+        round_cost = mechanism_for(privacy, config.client, config.rounds, "", rows, None).cost
+    except InputError:  # its text says how many rows there are
         raise PolicyError(
-            f"privacy.delta = {privacy.delta:g} is not below one over the number of this client's rows: use "
-            "privacy.delta=null"
+            f"privacy.epsilon = {privacy.epsilon} and privacy.delta = {privacy.delta or 'null'} cannot be kept with "
+            "this client's number of rows: use privacy.delta=null, a larger privacy.epsilon or fewer rounds"
         ) from None
     bound = math.inf if privacy.epsilon is None else privacy.epsilon  # which the client's own budget keeps
     if privacy.noise_multiplier is not None:
-        round_cost = mechanism_for(privacy, config.client, config.rounds, "", rows, None).cost
         bound = min(bound, epsilon_of([round_cost] * max(config.rounds, trainings), delta, privacy.accountant))
     return Cost(bound, delta)
 

@@ -128,7 +128,7 @@ class Policy(Settings):
                     f"client.local_epochs = {settings.local_epochs} makes more local steps of this client's rows than "
                     f"its policy.max_local_steps = {self.max_local_steps}: set client.local_steps"
                 )
-        if self.max_epsilon is not None or self.max_delta is not None:
+        if self._limited or config.privacy.name == "record":  # what cannot be kept at all is refused here, too
             self.check_cost(config, self.cost(config, rows, Used()), elsewhere)
 
     def check_training(
@@ -155,7 +155,7 @@ class Policy(Settings):
                 raise PolicyError("the server asks for an update without this client's own noise on it")
             after.own_noise[repr(noise)] = after.own_noise.get(repr(noise), 0) + 1
         cost = UNBOUNDED
-        if self.max_epsilon is not None or self.max_delta is not None:
+        if self._limited:
             cost = self.cost(config, rows, after)
             self.check_cost(config, cost, elsewhere)
         used.trainings, used.own_noise = after.trainings, after.own_noise
@@ -232,7 +232,11 @@ class Policy(Settings):
     @property
     def _protected(self) -> bool:
         """Whether a run must protect anything."""
-        return self.privacy != "none" or self.max_epsilon is not None or self.max_delta is not None
+        return self.privacy != "none" or self._limited
+
+    @property
+    def _limited(self) -> bool:
+        return self.max_epsilon is not None or self.max_delta is not None
 
     def _by_own_noise(self, config: Config) -> bool:
         privacy = config.privacy

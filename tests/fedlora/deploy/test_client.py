@@ -246,6 +246,24 @@ def test_no_row_is_written_anywhere(site: MakeSite, tmp_path: Path, monkeypatch:
     assert [path for path in written for piece in pieces if piece in path.read_bytes()] == []
 
 
+def test_what_is_wrong_with_the_rows_is_said_at_home_only(site: MakeSite, caplog: pytest.LogCaptureFixture) -> None:
+    here = site()
+    table = pd.read_csv(here.rows)
+    table.loc[3, "label"] = "secret diagnosis"
+    table.to_csv(here.rows, index=False)
+    assert here.meet(here.client()) == "its rows do not suit the run; the client's own log says why"
+    assert "secret diagnosis" in caplog.text
+    assert "secret" not in (here.folder / AUDIT).read_text()
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_without_the_number_of_rows(site: MakeSite) -> None:
+    here = site(*RECORD, "privacy.delta=0.9")
+    refused = here.meet(here.client())
+    assert refused is not None
+    assert "privacy.delta = 0.9 cannot be kept" in refused
+    assert str(int(0.6 * len(pd.read_csv(here.rows)))) not in refused
+
+
 def test_an_unforeseen_failure_says_nothing_of_the_rows_to_anybody_else(site: MakeSite) -> None:
     here = site()
     client = here.client()
