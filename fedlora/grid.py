@@ -67,6 +67,7 @@ class ClientGrid(Grid):
     """A Grid that knows which client a logical node is. Shows exactly the round's cohort to the strategy.
 
     Attributes:
+        wanted: how many replies without an error are enough for the round, where time is real; ``None``: all.
         tls: whether clients are connected over TLS; the bytes of a simulation are counted as if they were.
     """
 
@@ -76,10 +77,11 @@ class ClientGrid(Grid):
         self._clients: dict[int, str] = {}
         self._cohort: tuple[int, ...] = ()
         self.server_round = 0
+        self.wanted: int | None = None
 
-    def begin_round(self, server_round: int, cohort: Sequence[str]) -> None:
-        """Set the clients that :meth:`get_node_ids` shows."""
-        self.server_round = server_round
+    def begin_round(self, server_round: int, cohort: Sequence[str], wanted: int | None = None) -> None:
+        """Set the clients that :meth:`get_node_ids` shows, and how many of their replies are enough."""
+        self.server_round, self.wanted = server_round, wanted
         self._cohort = tuple(self.address(client) for client in cohort)
 
     def address(self, client: str) -> int:
@@ -151,10 +153,10 @@ class GridLayer(ClientGrid):
         self.inner = inner
         self._clients = inner._clients
 
-    def begin_round(self, server_round: int, cohort: Sequence[str]) -> None:
+    def begin_round(self, server_round: int, cohort: Sequence[str], wanted: int | None = None) -> None:
         """Pass the cohort down the stack."""
-        super().begin_round(server_round, cohort)
-        self.inner.begin_round(server_round, cohort)
+        super().begin_round(server_round, cohort, wanted)
+        self.inner.begin_round(server_round, cohort, wanted)
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
         """Send what :meth:`down` makes of each request, and make replies with :meth:`up`."""

@@ -156,7 +156,7 @@ class FederatedRun:
             chosen = self._chosen(server_round)
             refused = self._meet(server_round, chosen)
             asked = [client for client in chosen if client not in refused]
-            grid.begin_round(server_round, asked or [NOBODY])
+            grid.begin_round(server_round, asked or [NOBODY], self.config.cohort.size)
             before = wire.to_record(self.state)
             more = ConfigRecord({} if self.client_level is None else self.client_level.instructions())
             messages = list(self.strategy.configure_train(server_round, before, more, grid))

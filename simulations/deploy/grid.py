@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
+from google.protobuf.message import DecodeError
 
 from fedlora import wire
 from fedlora.deploy.client import IDENTITY
 from fedlora.deploy.terms import TERMS, Terms
 from fedlora.errors import FedloraError
-from fedlora.grid import ClientGrid, error_reply, reason_of
+from fedlora.grid import NOT_NEEDED, ClientGrid, error_reply, reason_of
 from fedlora.ledger import Entry, Ledger
 from fedlora.transport import transport_bytes
+from fedlora.validation import printable
 
 log = logging.getLogger("fedlora")
 POLL_SECONDS = 0.25
 MEETING_SECONDS = 600.0
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
+"""What Flower raises where the bytes of a message are none of its own."""
 SENDINGS = 3
 """How often a message is sent to a client that is started again before it has answered."""
 
@@ -110,8 +114,8 @@ class DeployedGrid(ClientGrid):
             sent[identifier] = node, message
         deadline = time.monotonic() + MEETING_SECONDS
         while sent and time.monotonic() < deadline:
-            for reply in self.grid.pull_messages(list(sent)):
-                node, message = sent.pop(reply.metadata.reply_to_message_id)
+            for identifier, reply in self._replies({key: message for key, (_, message) in sent.items()}):
+                node, message = sent.pop(identifier)
                 self._answered(server_round, node, message, reply, ledger)
             time.sleep(POLL_SECONDS)
         for node, _ in sent.values():
@@ -121,18 +125,18 @@ class DeployedGrid(ClientGrid):
         self._refused[node.node_id, node.last_activated_at] = client, reason
 
     def _answered(self, server_round: int, node: Any, message: Message, reply: Message, ledger: Ledger) -> None:
-        client, status = named(reply) or node.name, "ok"
+        client, status = printable(named(reply) or node.name), "ok"
         try:
             self._check(reply, client, node.name)
             self._node_of[client] = node.node_id
         except FedloraError as error:
-            status = str(error)
+            status = printable(str(error)) or "no reason given"
             self._refuse(node, status, client)
-            log.warning("round %d: client '%s' is refused: %s", server_round, client or "?", error)
+            log.warning("round %d: client '%s' is refused: %s", server_round, client or "?", status)
         fetched, sent = transport_bytes(message, "down", self.tls), transport_bytes(reply, "up", self.tls)
         for direction, travelled, said in (("down", message, "ok"), ("up", reply, status)):
             size, cost = wire.message_bytes(travelled), getattr(fetched, direction) + getattr(sent, direction)
-            ledger.add(Entry(server_round, client or "?", direction, 0, 0, size, cost, said.splitlines()[0][:200]))
+            ledger.add(Entry(server_round, client or "?", direction, 0, 0, size, cost, said[:200]))
 
     def _check(self, reply: Message, client: str, registered: str) -> None:
         """See that everything in ``reply`` of ``client`` fits."""
@@ -152,7 +156,10 @@ class DeployedGrid(ClientGrid):
     # What is asked of them.
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
-        """Send the requests and wait for all replies, or until ``timeout`` seconds have passed."""
+        """Send the requests and wait for all replies, for as many as are wanted, or for ``timeout`` seconds.
+
+        They are counted as they come, before they are checked.
+        """
         online = self._online()
         waiting: dict[str, Sent] = {}
         replies: list[Message] = []
@@ -163,17 +170,36 @@ class DeployedGrid(ClientGrid):
                 continue
             self._send(Sent(request, node, online[node].last_activated_at), waiting)
         deadline = None if timeout is None else time.monotonic() + timeout
+        usable = 0
         while waiting and (deadline is None or time.monotonic() < deadline):
-            for reply in self.grid.pull_messages(list(waiting)):
-                request = waiting.pop(reply.metadata.reply_to_message_id).request
+            for identifier, reply in self._replies({key: sent.request for key, sent in waiting.items()}):
+                request = waiting.pop(identifier).request
                 if reply.has_error():
                     replies.append(error_reply(request, reason_of(reply)))
                 else:
                     replies.append(Message(reply.content, reply_to=request))
+                usable += reply.has_content()
                 self.on_reply()
+            if self.wanted is not None and usable >= self.wanted:
+                return [*replies, *(error_reply(sent.request, NOT_NEEDED) for sent in waiting.values())]
             self._send_again(waiting)
             time.sleep(POLL_SECONDS)
         return replies
+
+    def _replies(self, waiting: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+        """What has come back for messages, by their ids in Flower.
+
+        They are asked for one by one: Flower forgets what it hands out, so that a reply that cannot be read would take
+        others with it; and what a reply says that it answers may not be true.
+        """
+        for identifier, message in waiting.items():
+            try:
+                found = list(self.grid.pull_messages([identifier]))
+            except UNREADABLE as error:
+                found = [error_reply(message, f"its reply cannot be read ({type(error).__name__})")]
+            for reply in found[:1]:
+                readable = reply.has_error() or (reply.has_content() and isinstance(reply.content, RecordDict))
+                yield identifier, reply if readable else error_reply(message, "its reply holds nothing")
 
     def _send(self, sent: Sent, waiting: dict[str, Sent]) -> None:
         message = Message(sent.request.content, sent.node, sent.request.metadata.message_type)
