@@ -14,8 +14,7 @@ class MeterGrid(GridLayer):
     """Writes one ledger entry for every message: payload, setup, the length of the serialised message, and transport.
 
     A message travels both ways (see :mod:`fedlora.transport`): what fetching it sends up is counted with the reply, and
-    what the server says to the reply is counted with the message. So the sums up and down are those of the socket, and
-    a message without any reply is counted on its way down only.
+    what the server says to the reply is counted with the message. So the sums up and down are those of the socket.
     """
 
     def __init__(self, inner: ClientGrid, ledger: Ledger) -> None:
@@ -23,13 +22,14 @@ class MeterGrid(GridLayer):
         self.ledger, self.tls = ledger, inner.tls
 
     def exchange(self, requests: list[Message], timeout: float | None) -> list[Message]:
-        """Record replies that never came, too: no bytes, and why."""
+        """Record replies that never came, too: no bytes but what fetching the message has sent, and why."""
         replies = super().exchange(requests, timeout)
         answered = {reply.metadata.reply_to_message_id for reply in replies}
         for request in requests:
             if request.metadata.message_id not in answered:
                 client = self.client_of(request.metadata.dst_node_id)
-                self.ledger.add(Entry(self.server_round, client, "up", 0, 0, 0, 0, late(timeout)))
+                fetched = transport_bytes(request, "down", self.tls)
+                self.ledger.add(Entry(self.server_round, client, "up", 0, 0, 0, fetched.up, late(timeout)))
         return replies
 
     def down(self, request: Message) -> Message:
