@@ -141,7 +141,8 @@ class DeployedClient:
         config = load_config(values)
         self.guard.check_run(terms, config)
         backbone = config.backbone.model_copy(update={"path": self.home.backbone or config.backbone.path})
-        data = own_data(config, Schema(terms.labels), self.home.data, **self.home.columns)
+        with unspoken():
+            data = own_data(config, Schema(terms.labels), self.home.data, **self.home.columns)
         engine = EngineConfig(name="loop", workers=0, packing=config.engine.packing)
         everyone = config.cohort.model_copy(update={"size": None})  # how many take part is the server's affair
         update = {"backbone": backbone, "data": data, "engine": engine, "cohort": everyone, "run_dir": str(folder)}

@@ -46,8 +46,11 @@ def inline(page: Path) -> list[list[str]]:
 
 
 def files(page: Path) -> dict[str, str]:
-    """Python files that the page gives whole; their name is the block's title, or the first word before it."""
+    """Files that the page gives whole; their name is the block's title, or of Python the first word before it."""
     found = {}
+    for _, head, body in blocks(page, "yaml"):
+        if name := re.search(r'title="(\S+)"', head):
+            found[name[1]] = body
     for before, head, body in blocks(page, "python"):
         name = re.search(r'title="(\S+)"', head) or re.match(r"`(\S+\.py)`", before)
         if name:

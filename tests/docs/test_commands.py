@@ -28,6 +28,7 @@ ELSEWHERE = {
     "hydra/launcher=submitit_slurm": "needs Slurm",
     "source .venv/bin/activate": "is the shell's own",
     "tensorboard ": "is a server",
+    "fedlora audit client-site-a": "needs a client that has been there",
     "lm_eval ": "is another program, and needs the hub",
 }
 """Commands that cannot be run here, by a part of them, and why. What can be checked of their settings is."""
