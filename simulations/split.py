@@ -22,7 +22,8 @@ def split(config: Config, folder: Path) -> list[Path]:
     Raises:
         InputError: the folder exists already, or the rows are no table of texts.
     """
-    federation = Federation(config)
+    everyone = config.cohort.model_copy(update={"size": None})
+    federation = Federation(config.model_copy(update={"cohort": everyone}))
     rows, index = federation.dataset.rows, federation.index
     if "image" in rows:
         raise InputError("fedlora split writes tables of texts; pictures are in a folder for each class already.")
