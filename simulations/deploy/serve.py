@@ -35,6 +35,7 @@ from simulations.deploy.superlink import SuperLink
 from simulations.messages import say
 from simulations.run_folder import RunFolder
 from simulations.simulate import begin, go_on
+from strategies.build import build_strategy
 
 log = logging.getLogger("fedlora")
 SERVED = "server/serving.json"
@@ -122,8 +123,17 @@ def server_worker(config: Config, serving: Serving, folder: RunFolder) -> Worker
         raise InputError("There are no clients: put their public keys into the folder of certificates, under clients/.")
     if config.adapter.get("groups") == "natural":
         raise InputError("adapter.groups=natural needs the groups of all clients in one table: set adapter.groups=4.")
-    dataset = server_dataset(config, task_of(config), serving.clients)
-    return Worker(Federation(config, dataset), folder.store)
+    federation = Federation(config, server_dataset(config, task_of(config), serving.clients))
+    if federation.differences:
+        raise InputError(f"Clients that differ in {', '.join(federation.differences)} exist in simulations only.")
+    worker = Worker(federation, folder.store)
+    strategy = build_strategy(config.strategy, worker.model)
+    if not getattr(strategy, "communicates", True):
+        raise InputError(
+            f"{type(strategy).__name__} has no clients to talk to: it is a baseline for 'fedlora simulate'. Choose "
+            "another method."
+        )
+    return worker
 
 
 def serve_on(grid: Grid, config: Config, run_dir: Path, serving: Serving) -> dict[str, Any]:

@@ -28,6 +28,9 @@ ELSEWHERE = {
     "hydra/launcher=submitit_slurm": "needs Slurm",
     "source .venv/bin/activate": "is the shell's own",
     "tensorboard ": "is a server",
+    "fedlora serve ": "waits for clients",
+    "fedlora join fl.example.org ": "needs that server",
+    "fedlora join 127.0.0.1 ": "needs a server",
     "fedlora audit client-site-a": "needs a client that has been there",
     "lm_eval ": "is another program, and needs the hub",
 }
