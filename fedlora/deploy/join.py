@@ -16,6 +16,8 @@ from fedlora.errors import FedloraError
 
 log = logging.getLogger("fedlora")
 POLL_SECONDS = 0.25
+PATIENT = 20.0
+"""Seconds after which a client that is not connected says so."""
 PATIENCE = 150.0
 """Seconds after which a SuperNode that does not get in is given up. A server notices after a minute that a client is
 gone, and does not let it in again before."""
@@ -49,14 +51,14 @@ def join(
     node = SuperNode(server, home.folder, root_certificates, key)
     executor = Executor(node.tasks, client)
     failing_since: float | None = None
-    told = ""
+    told, started = "", time.monotonic()
     try:
         while True:
             if executor.start_next():
                 failing_since = None
                 continue
+            now = time.monotonic()
             if not node.process.running:
-                now = time.monotonic()
                 failing_since = failing_since or now
                 reason = node.why()
                 if now - failing_since > PATIENCE:
@@ -66,6 +68,9 @@ def join(
                     told = reason
                 time.sleep(5.0)
                 node.process.start()
+            elif not told and now - started > PATIENT and not node.connected:
+                told = node.why()
+                say(f"no connection to {server} yet: {told}")
             time.sleep(POLL_SECONDS)
     finally:
         node.stop()

@@ -32,6 +32,7 @@ class Child:
         """Start it, or start it again."""
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
+            self._log_start = log.tell()
             self.process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(self.log_file.parent),
                 start_new_session=True,  # an interrupt at the terminal is for us to handle
@@ -42,10 +43,16 @@ class Child:
         """Whether it still runs."""
         return self.process.poll() is None
 
+    @property
+    def said(self) -> str:
+        """What it has logged since it was last started, without colours."""
+        with self.log_file.open("rb") as log:
+            log.seek(self._log_start)
+            return re.sub(r"\x1b\[[0-9;]*m", "", log.read().decode(errors="replace"))
+
     def last_words(self, lines: int = 3) -> str:
         """The end of its log, for messages."""
-        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log_file.read_text(errors="replace")).strip().splitlines()
-        return " ".join(line.strip() for line in text[-lines:])
+        return " ".join(line.strip() for line in self.said.strip().splitlines()[-lines:])
 
     def require_running(self) -> None:
         """See that it runs.

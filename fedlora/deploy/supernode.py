@@ -33,9 +33,14 @@ class SuperNode:
         self.process = Child("Flower's SuperNode", "fedlora.deploy.supernode", arguments, folder / "supernode.log")
         self.tasks = TaskQueue(f"127.0.0.1:{port}", "flwr-clientapp", secret)
 
+    @property
+    def connected(self) -> bool:
+        """Whether it has got in since it was last started."""
+        return "SuperNode ID:" in self.process.said
+
     def why(self) -> str:
-        """Why it has ended, in words, as far as its log says."""
-        log = self.process.last_words(40)
+        """Why it is not connected, in words, as far as its log says."""
+        log = self.process.said
         if "Failed to activate SuperNode" in log:
             return (
                 "the server does not know this client's key, or another process with this key is connected (a server "
@@ -43,6 +48,8 @@ class SuperNode:
             )
         if "SSL/TLS" in log or "CERTIFICATE_VERIFY_FAILED" in log:
             return f"the server's certificate is not one that {self.root_certificates} has signed for that address"
+        if self.process.running:
+            return "nobody answers there, or only with encryption (or without) where this client asks without (or with)"
         return f"{self.process.name} has ended: {self.process.last_words()}"
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -78,3 +79,27 @@ def test_a_supernode_that_is_killed_is_started_again(make: MakeDeployment, simul
     os.kill(child_of(client, "fedlora.deploy.supernode").pid, signal.SIGKILL)
     assert server.wait(400) == 0, server.said
     assert client.process.poll() is None, client.said
+
+
+def test_a_full_disk_ends_the_run_and_it_is_resumed(make: MakeDeployment, simulated: Path) -> None:
+    deployment = make()
+    server, _ = deployment.serve(), deployment.join_all()
+    server.wait_until(lambda: rounds_done(deployment) == 2)
+    psutil.Process(server.process.pid).rlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    assert server.wait() == 1, server.said
+    assert not (deployment.run / "summary.json").exists()
+    again = deployment.resume()
+    assert again.wait() == 0, again.said
+    assert_same_bits(deployment, simulated)
+
+
+def test_two_runs_at_once_do_not_meet(make: MakeDeployment, simulated: Path, tmp_path: Path) -> None:
+    one, two = make(), make()
+    two.folder = tmp_path / "two"
+    servers = [one.serve(), two.serve()]
+    for deployment in (one, two):
+        deployment.join_all()
+    for server in servers:
+        assert server.wait(400) == 0, server.said
+    assert_same_bits(one, simulated)
+    assert_same_bits(two, simulated)
