@@ -22,7 +22,7 @@ from fedlora.deploy.datasets import client_dataset, own_data
 from fedlora.deploy.guard import Guard
 from fedlora.deploy.policy import Policy
 from fedlora.deploy.terms import TERMS, Terms, terms_of
-from fedlora.errors import FedloraError, InputError
+from fedlora.errors import FedloraError, InputError, PolicyError
 from fedlora.federation import Federation, task_of
 from fedlora.grid import error_reply
 from fedlora.store import ClientStore, write_atomically
@@ -88,11 +88,15 @@ class DeployedClient:
     def _admit(self, run: str, worker: Worker, message: Message) -> None:
         """See whether a message asks for something that the owner allows, before any of it is done."""
         train = worker.federation.index.train
-        asked = instructions(message, train)
+        asked, client = instructions(message, train), self.home.client
+        if (asked["client-id"], *asked.get("pool", ())) not in ((client,), (client, client)):
+            raise PolicyError(f"this is client '{client}', which trains for nobody else")
         if asks_for_gradients(message):
+            if not worker.federation.adapter.needs_client_gradients:
+                raise PolicyError("the server asks for gradients of rows, which this run has no use for")
             self.guard.admit_gradients(run)
         elif asks_for_training(message):
-            self.guard.admit_training(run, worker.federation.config, len(train[self.home.client]), asked)
+            self.guard.admit_training(run, worker.federation.config, len(train[client]), asked)
 
     def _agree(self, message: Message) -> Message:
         """Compare terms, remember those of the run, and say who this is; or why it does not take part."""

@@ -248,6 +248,10 @@ class Policy(Settings):
         if STRENGTH[unit] < STRENGTH[needed]:
             why = f"policy.privacy = {self.privacy}" if self.privacy != "none" else "policy.max_epsilon or max_delta"
             raise PolicyError(f"the run has privacy={unit}, and this client's {why} asks for privacy={needed}")
+        if needed != "none" and config.privacy.noise_multiplier == 0:
+            raise PolicyError(
+                "privacy.noise_multiplier = 0 protects nothing, and this client's policy asks for privacy"
+            )
         promised = unit == "client" and config.privacy.noise == "server"
         if self._protected and promised and not self.trust_server_noise:
             raise PolicyError(

@@ -223,14 +223,31 @@ def test_only_the_numbers_that_may_leave_do(site: MakeSite) -> None:
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_gradients_of_rows_leave_only_if_the_owner_says_so(site: MakeSite, allowed: bool) -> None:
-    here = site()
-    client = here.client(allow_client_gradients=allowed)
-    assert here.meet(client) is None
-    reply = here.train(client, 0, **{GRADIENTS: True})
+    here = site("method=fed_sb", "adapter.basis=client_gradient")
+    assert here.meet(here.client(allow_client_gradients=True)) is None
+    reply = here.train(here.client(allow_client_gradients=allowed), 0, **{GRADIENTS: True})
     assert reply.has_error() == (not allowed)
     if not allowed:
         assert "allow_client_gradients" in reason_of(reply)
     assert ("gradients" in [line["event"] for line in here.log]) == allowed
+
+
+def test_gradients_that_a_run_has_no_use_for_never_leave(site: MakeSite) -> None:
+    here = site(*RECORD)
+    client = here.client(allow_client_gradients=True)
+    assert here.meet(client) is None
+    assert "no use for" in reason_of(here.train(client, 0, **{GRADIENTS: True}))
+
+
+@pytest.mark.parametrize("names", [{"client-id": "site 01"}, {"pool": ["site 01"]}, {"pool": [CLIENT, "site 01"]}])
+def test_a_client_spends_its_own_budget_only(site: MakeSite, names: dict[str, Any]) -> None:
+    here = site(*RECORD)
+    client = here.client()
+    assert here.meet(client, Terms(**{**vars(here.terms), "clients": (CLIENT, "site 01")})) is None
+    asked = {**instruct(CLIENT, 1), **names}
+    arrays = wire.pack(here.server.model.read(here.server.layout(CLIENT)))
+    assert "trains for nobody else" in reason_of(client.handle(request(node_of(CLIENT), arrays, **asked)))
+    assert not here.train(client, 1, pool=[CLIENT]).has_error()
 
 
 def test_no_row_is_written_anywhere(site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
