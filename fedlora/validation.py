@@ -207,7 +207,10 @@ def instructions(message: Message, known: Collection[str]) -> dict[str, Any]:
     Raises:
         FedloraError: it holds records or instructions that its kind does not have, or a value that none can have.
     """
-    question = message.metadata.message_type == MessageType.QUERY
+    kind = message.metadata.message_type
+    if kind not in (MessageType.TRAIN, MessageType.QUERY):  # "train.default" would reach the same code in Flower
+        raise FedloraError(f"it is of type {reprlib.repr(kind)}, and this client knows 'train' and 'query'")
+    question = kind == MessageType.QUERY
     trains = not question and not asks_for_gradients(message)
     optional: dict[str, Kind] = dict.fromkeys(("arrays", "setup", "correction"), ArrayRecord) if trains else {}
     content = content_of(message, {"config": ConfigRecord}, optional)

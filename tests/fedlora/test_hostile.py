@@ -222,7 +222,8 @@ MESSAGE_DAMAGE = st.lists(
     | of_values("config", ["correction"], HEADERS),
     max_size=3,
 )
-KINDS = st.sampled_from([MessageType.TRAIN, MessageType.TRAIN, MessageType.TRAIN, MessageType.QUERY])
+OTHERS = ["train.default", "query.default", "evaluate"]
+KINDS = st.sampled_from([MessageType.TRAIN] * 5 + [MessageType.QUERY] * 2 + OTHERS)
 
 
 class Target:
@@ -246,7 +247,7 @@ class Target:
 
     def is_good(self, content: Content, kind: str) -> bool:
         config = content.get("config")
-        if type(config) is not ConfigRecord:
+        if type(config) is not ConfigRecord or kind not in (MessageType.TRAIN, MessageType.QUERY):
             return False
         said = dict(config)
         server_round, client = said.pop("server-round", None), said.pop("client-id", None)

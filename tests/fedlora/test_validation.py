@@ -193,6 +193,12 @@ def asked(worker: Worker, kind: str = MessageType.TRAIN, **more: object) -> Mess
     return Message(content, node_of(client), kind)
 
 
+def asked_as(worker: Worker, kind: str) -> Message:
+    """What would be a good message, were it not for its type."""
+    good = asked(worker)
+    return Message(good.content, good.metadata.dst_node_id, kind)
+
+
 def without(message: Message, record: str) -> Message:
     del message.content[record]
     return message
@@ -206,6 +212,9 @@ def holding(message: Message, **records: object) -> Message:
 
 NUMBERS = wire.pack({"x": torch.zeros(3)})
 BAD = {
+    "another type": (lambda w: asked_as(w, "train.default"), "is of type 'train.default'"),
+    "another type of question": (lambda w: asked_as(w, "query.default"), "is of type 'query.default'"),
+    "evaluation": (lambda w: asked_as(w, "evaluate"), "is of type 'evaluate'"),
     "no content": (lambda w: error_reply(asked(w), "x"), "no content"),
     "no instructions": (lambda w: without(asked(w), "config"), "no 'config' record"),
     "no tensors": (lambda w: without(asked(w), "arrays"), "no 'arrays' record"),
