@@ -23,7 +23,6 @@ message causes it (plain; over TLS 22 to 44 bytes more each way):
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from flwr.app import Message
@@ -40,7 +39,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from fedlora.wire import Object, message_object
+from fedlora.wire import Object, message_object, remembered
 
 REQUEST_HEAD = 811
 """Bytes of a request's head without the name of the call, the server's address and the digits of the body's length.
@@ -90,7 +89,7 @@ def transport_bytes(message: Message, direction: Literal["down", "up"], tls: boo
     return (_pulled if direction == "down" else _pushed)(described.ByteSize(), tree, tls)
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _pulled(described: int, tree: Object, tls: bool) -> Traffic:
     """Fetching a message: its description, every object, and a confirmation."""
     node = Node(node_id=_ID)
@@ -104,7 +103,7 @@ def _pulled(described: int, tree: Object, tls: bool) -> Traffic:
     )
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _pushed(described: int, tree: Object, tls: bool) -> Traffic:
     """Sending a message: its description, to which the server answers what it lacks, and every object."""
     node, sizes = Node(node_id=_ID), _sizes(tree)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from functools import lru_cache
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from functools import lru_cache, wraps
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 
 from fedlora.errors import FedloraError
 
+Result = TypeVar("Result")
 Layout = Mapping[str, tuple[int, ...]]
 Record = ArrayRecord | ConfigRecord | MetricRecord
 PACKED = "packed"
@@ -235,12 +236,23 @@ def _object_bytes(kind: str, children: int, body: int) -> int:
     return len(kind) + 1 + max(children * (_ID_LENGTH + 1) - 1, 0) + 1 + len(str(body)) + 1 + body
 
 
-@lru_cache(maxsize=256)
+def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function``, with its results kept for small arguments; large ones are a stranger's, and would fill memory."""
+    kept = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def call(*arguments: Any) -> Result:
+        return (kept if len(repr(arguments)) <= 1000 else function)(*arguments)
+
+    return call
+
+
+@remembered
 def _references(kind: str, names: tuple[str, ...]) -> int:
     return _object_bytes(kind, len(names), len(json.dumps(dict.fromkeys(names, "0" * _ID_LENGTH))))
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _array_object(dtype: str, shape: tuple[int, ...], stype: str, length: int) -> Object:
     """An array of ``length`` bytes and its chunks."""
     chunks = [min(CHUNK_BYTES, length - start) for start in range(0, length, CHUNK_BYTES)]

@@ -75,6 +75,14 @@ def test_message_bytes_of_a_reply_is_its_serialised_length(count, dtype, example
     assert wire.message_bytes(reply) == serialised_bytes(reply)
 
 
+def test_what_a_stranger_makes_long_is_not_remembered():
+    seen = []
+    measure = wire.remembered(lambda name: seen.append(len(name)))
+    for name in ("short", "short", "x" * 10**4, "x" * 10**4):
+        measure(name)
+    assert seen == [5, 10**4, 10**4]
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_message_bytes_counts_every_chunk_of_a_large_array(extra: int):
     data = np.random.default_rng(0).bytes(2 * wire.CHUNK_BYTES + extra)
