@@ -49,6 +49,11 @@ class Evaluation:
     each: Mapping[str, EachClient] = field(default_factory=dict)
 
 
+def statistics(evaluation: Evaluation) -> dict[str, Any]:
+    """What is written down of an evaluation, without the numbers of single clients."""
+    return {name: value for name, value in vars(evaluation).items() if name != "each"}
+
+
 class Evaluator:
     """Knows which rows are evaluated; the same rows for every method of a seed."""
 

@@ -136,7 +136,7 @@ def _traffic(
             _count(total, asked, _reply(node_of(client), RecordDict({"setup": _blank("fp32", size)})))
     for server_round in range(1, rounds + 1):
         chosen = cohort(config, federation.clients, server_round)
-        chosen = chosen if counted else chosen[: config.cohort.size]
+        chosen = chosen if counted or not config.cohort.spares else chosen[: config.cohort.size]
         counted_rows = config.privacy.send_counts
         examples = [len(federation.index.train[client]) if counted_rows else 1 for client in chosen]
         sums: dict[str, int] = defaultdict(int)
@@ -169,10 +169,11 @@ def _traffic(
             )  # fmt: skip
             _count(sums, sent_down, _up(node_of(client), count, config.wire.dtype, up, reported))
             replies.append(Reply(client, completed(answer, shared), count, share, 0.0, frozenset(answer)))
-        if ours is not None:
-            for client in chosen[config.cohort.size :] if config.cohort.size else ():
+        enough = config.cohort.size if config.cohort.spares else None
+        if ours is not None and enough is not None:
+            for client in chosen[enough:]:
                 ours.failed(client)  # a spare that nobody needs
-        replies = replies[: config.cohort.size]
+        replies = replies[:enough]
         if not chosen:
             if ours is not None:
                 ours.send(NOBODY, server_round, shared)

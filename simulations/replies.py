@@ -19,11 +19,16 @@ log = logging.getLogger("fedlora")
 
 
 class Replies:
-    """The rules of a run for what comes back."""
+    """The rules of a run for what comes back.
+
+    Attributes:
+        enough: how many usable replies of a round count where spares are asked; ``None``: all.
+    """
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.size, self.least = config.cohort.size, config.cohort.min_replies
+        self.enough = config.cohort.size if config.cohort.spares else None
+        self.least = config.cohort.min_replies
         self.secret = config.privacy.secret_cohort
 
     def failures(self, server_round: int, failed: dict[str, str], asked: int) -> dict[str, str]:
@@ -46,14 +51,14 @@ class Replies:
         return failed
 
     def counted(self, server_round: int, replies: Sequence[Message], grid: ClientGrid) -> list[Message]:
-        """The replies that the strategy gets: errors, and the first ``cohort.size`` others in cohort order.
+        """The replies that the strategy gets: errors, and the first :attr:`enough` others in cohort order.
 
         So which of them count does not depend on how fast an engine is, and spares come last.
         """
         kept, usable = [], 0
         for reply in replies:
             usable += reply.has_content()
-            if reply.has_content() and self.size is not None and usable > self.size:
+            if reply.has_content() and self.enough is not None and usable > self.enough:
                 self.ledger.refuse(server_round, grid.client_of(reply.metadata.src_node_id), NOT_NEEDED)
             else:
                 kept.append(reply)

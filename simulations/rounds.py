@@ -29,7 +29,7 @@ from simulations.announcements import Capabilities
 from simulations.callbacks import Callback
 from simulations.client_gradients import GradientGrid, ask, summed
 from simulations.client_privacy import client_level
-from simulations.evaluator import Evaluation, Evaluator
+from simulations.evaluator import Evaluation, Evaluator, statistics
 from simulations.exactness import Exactness
 from simulations.faults import FaultGrid
 from simulations.replies import Replies, alike, failed_in, nameless, spent_by
@@ -156,7 +156,7 @@ class FederatedRun:
             chosen = self._chosen(server_round)
             refused = self._meet(server_round, chosen)
             asked = [client for client in chosen if client not in refused]
-            grid.begin_round(server_round, asked or [NOBODY], self.config.cohort.size)
+            grid.begin_round(server_round, asked or [NOBODY], self._replies.enough)
             before = wire.to_record(self.state)
             more = ConfigRecord({} if self.client_level is None else self.client_level.instructions())
             messages = list(self.strategy.configure_train(server_round, before, more, grid))
@@ -173,7 +173,7 @@ class FederatedRun:
     def _chosen(self, server_round: int) -> Sequence[str]:
         """The clients of a round, with spares where their replies can be lost."""
         drawn = cohort(self.config, self.federation.clients, server_round)
-        return drawn if self._communicates else drawn[: self.config.cohort.size]
+        return drawn if self._communicates else drawn[: self._replies.enough]
 
     def _aggregate(
         self, server_round: int, grid: ClientGrid, messages: Sequence[Message], replies: Sequence[Message]
@@ -252,10 +252,7 @@ class FederatedRun:
         record = {
             "round": server_round,
             "loss": loss,
-            "metrics": evaluation.metrics if evaluation else {},
-            "clients": evaluation.clients if evaluation else None,
-            "unseen_clients": evaluation.unseen_clients if evaluation else None,
-            "personalised_clients": evaluation.personalised_clients if evaluation else None,
+            **statistics(evaluation or Evaluation({}, None)),
             **self.ledger.round_totals(server_round),
             "aggregation_error": error if measured else None,
             "aggregation_error_reason": None if measured else (error or "before the first round"),
@@ -303,13 +300,7 @@ class FederatedRun:
         key = f"validation_{self.federation.task.main_metric}"
         value = evaluation.metrics.get(key)
         if value is not None and (self.best is None or value > self.best["metrics"][key]):
-            self.best = {
-                "round": server_round,
-                "metrics": evaluation.metrics,
-                "clients": evaluation.clients,
-                "unseen_clients": evaluation.unseen_clients,
-                "personalised_clients": evaluation.personalised_clients,
-            }
+            self.best = {"round": server_round, **statistics(evaluation)}
 
     @contextmanager
     def _clock(self, phase: str) -> Iterator[None]:

@@ -363,6 +363,16 @@ def test_client_privacy_composes_with_faults_spares_and_skipped_rounds(tiny: Com
     assert reasons == {"clipped and noisy", "skipped"}
 
 
+def test_a_secret_cohort_that_is_larger_than_expected_counts_whole(tiny: Compose, tmp_path: Path):
+    config = tiny(*SECRET, "method=ffa", "strategy.weighting=uniform", "cohort.size=2", "rounds=8")
+    start(config, tmp_path / "run")
+    drawn = sum(len(cohort(config, Federation(config).clients, r)) for r in range(1, 9))
+    assert max(len(cohort(config, Federation(config).clients, r)) for r in range(1, 9)) > 2
+    up = ledger_of(tmp_path / "run").query("direction == 'up'")
+    assert len(up) == drawn
+    assert set(up.status) == {"ok"}
+
+
 # Settings that cannot work --------------------------------------------------------------------------------------------
 
 
