@@ -16,7 +16,8 @@ PORT = 9092
 JOINING = """\
 settings (key=value): where the client's file or machine is different from what the server says:
   data.text=COL  data.text_pair=COL  data.label=COL   columns of the file
-  backbone.path=FOLDER                                the frozen model on this machine"""
+  backbone.path=FOLDER                                the frozen model on this machine
+  engine.threads=N                                    CPU threads, for several clients on one machine"""
 
 DESCRIPTION = """\
 Federated LoRA fine-tuning: simulate, compare, then deploy the same configuration.

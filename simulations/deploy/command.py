@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedlora.config import Config, nearest
 from fedlora.deploy.code import what_runs
 from fedlora.deploy.keys import public_key_of
@@ -18,7 +20,9 @@ from simulations.cli import PORT
 from simulations.messages import say
 
 log = logging.getLogger("fedlora")
-OWN_SETTINGS = ("data.text", "data.text_pair", "data.label", "data.messages", "data.choices", "backbone.path")
+OWN_SETTINGS = (
+    "data.text", "data.text_pair", "data.label", "data.messages", "data.choices", "backbone.path", "engine.threads",
+)  # fmt: skip
 SERVER_FILES = ("ca.crt", "server.pem", "server.key")
 
 
@@ -103,6 +107,11 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")
     }
     folder = Path(options.home or f"client-{client}")
+    threads = settings.get("engine.threads")
+    if threads is not None:
+        if not threads.isdecimal() or not int(threads):
+            raise InputError(f"engine.threads = {threads!r} is no number of CPU threads: set 1 or more.")
+        torch.set_num_threads(int(threads))
     policy = Policy.read(Path(options.policy)) if options.policy else Policy()
     home = Home(folder, client, str(Path(options.data).resolve()), columns, settings.get("backbone.path"), policy)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
