@@ -64,6 +64,8 @@ def check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from simulations.deploy.check import check as check_rows
     from simulations.deploy.check import described
 
+    if not Path(options.data).exists():
+        raise InputError(f"--data {options.data} does not exist.")
     policy = Policy.read(Path(options.policy)) if options.policy else Policy()
     findings = check_rows(compose_config(overrides), options.data, policy)
     print(described(findings))

@@ -99,7 +99,7 @@ def test_the_command_needs_no_server_and_no_network(
     tiny_overrides: list[str],
     rows: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
@@ -111,7 +111,13 @@ def test_the_command_needs_no_server_and_no_network(
     command = ["join", "--check", "--data", str(rows), *tiny_overrides, "adapter.rank=4"]
     before = set(tmp_path.iterdir())
     assert main([*command, LABELS]) == 0
-    assert "seconds a round" in capsys.readouterr().out
+    assert "seconds a round" in capfd.readouterr().out
     assert main([*command, LABELS, "--policy", "policy.yaml"]) == 2
-    assert "NO: refuses: the run has privacy=none" in capsys.readouterr().out
+    assert "NO: refuses: the run has privacy=none" in capfd.readouterr().out
+    assert main([*command, LABELS, "--data", "none.csv"]) == 2
+    assert main([*command, LABELS, "--policy", "none.yaml"]) == 2
+    assert main(["join", "--data", str(rows), LABELS]) == 2
+    said = capfd.readouterr().err
+    for reason in ("--data none.csv does not exist", "There is no policy none.yaml", "Name the server"):
+        assert reason in said
     assert set(tmp_path.iterdir()) == before
