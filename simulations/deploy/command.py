@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def serve(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         InputError: an option or a file is missing.
     """
     quiet_flower()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by its id as by Ctrl-C
     from simulations.deploy.serve import Serving
     from simulations.deploy.serve import serve as serve_run
 
@@ -80,6 +82,7 @@ def join(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         FedloraError: the server does not let this client in.
     """
     quiet_flower()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by its id as by Ctrl-C
     from fedlora.deploy.client import Home
     from fedlora.deploy.join import join as join_server
 
