@@ -28,9 +28,14 @@ def cohort(config: Config, clients: Sequence[str], server_round: int) -> tuple[s
         joins = rng.random(len(clients)) < size / len(clients)
         return tuple(client for client, drawn in zip(clients, joins, strict=True) if drawn)
     chosen = np.sort(rng.choice(len(clients), size=size, replace=False))
-    others = np.setdiff1d(np.arange(len(clients)), chosen)
-    spares = numpy_rng(config.seed, "spares", server_round).choice(others, size=config.cohort.spares, replace=False)
-    return tuple(clients[int(i)] for i in (*chosen, *spares))
+    asked = [int(i) for i in chosen]
+    draws = numpy_rng(config.seed, "spares", server_round)
+    wanted = min(size + config.cohort.spares, len(clients))
+    while len(asked) < wanted:
+        drawn = int(draws.integers(len(clients)))
+        if drawn not in asked:
+            asked.append(drawn)
+    return tuple(clients[i] for i in asked)
 
 
 def panel(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
