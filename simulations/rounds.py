@@ -90,6 +90,7 @@ class FederatedRun:
 
     def connect(self, engine: ClientGrid) -> ClientGrid:
         """Stack codec, setup and meter on an engine."""
+        self._engine = engine
         differences = self.federation.differences if self._communicates else {}
         self._capabilities = Capabilities(
             self._metered(engine), self.worker.model, differences, self._known, self.config.cohort.deadline
@@ -116,7 +117,6 @@ class FederatedRun:
             FedloraError: no client of a round returned a usable reply.
         """
         self._tell(lambda c: c.on_start(self.config.method, self.rounds, max(self.completed, 0)))
-        self._engine = engine
         met = engine.meet(max(self.completed, 0), self.federation.clients, self.ledger)
         asked, failures = self._start_from_clients(engine) if self.completed < 0 else ((), {})
         failures = failures or met
