@@ -43,6 +43,7 @@ def test_flower_engine_equals_the_loop_engine(
         assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_failure_under_flower_is_told_as_under_the_loop_engine(tiny_overrides: list[str], tmp_path: Path) -> None:
     settings = [*tiny_overrides, "adapter.rank=4", "client.lr=1e30", "client.local_epochs=3", "engine=flower"]
     process = fedlora("simulate", *settings, f"run_dir={tmp_path / 'run'}")

@@ -142,6 +142,7 @@ def test_a_worker_that_dies_once_is_replaced_and_nothing_changes(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_cohort_that_kills_every_worker_fails_alone_and_says_so(
     tiny: Compose, tmp_path: Path, deadly: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_cohort_that_kills_every_worker_fails_alone_and_says_so(
     assert "client.lr" not in failures[victim]
 
 
+@pytest.mark.slow
 def test_a_cohort_that_does_not_fit_is_halved_and_stays_so_when_resumed(tiny: Compose, tmp_path: Path) -> None:
     settings = [f"task.name={helpers.__file__}:SmallMemory", "engine=cohort", "engine.tokens=400", "engine.workers=1"]
     config = tiny(*settings, "cohort.size=6")
