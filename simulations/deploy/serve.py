@@ -154,9 +154,7 @@ def serve_on(grid: Grid, config: Config, run_dir: Path, serving: Serving) -> dic
         on_change: Callable[..., None],
         pools: Any,
     ) -> None:
-        deployed = DeployedGrid(grid, terms_of(worker, serving.run), serving.clients, False, on_reply)
-        wait_for(deployed, serving.least or len(serving.clients))
-        server(deployed)
+        server(connected(grid, worker, serving, on_reply))
 
     return begin(worker, folder, on_engine=on_engine)
 
@@ -180,14 +178,19 @@ class _Deployed:
         try:
             write_atomically(self.folder.path / SERVED, serving.text())
             link.register(serving.keys())
-            terms = terms_of(worker, serving.run)
-            log.info("terms of the run: %s", terms.fingerprint)
             with grid_of(link) as flower:
-                grid = DeployedGrid(flower, terms, serving.clients, serving.certificates is not None, on_reply)
-                wait_for(grid, serving.least or len(serving.clients))
-                server(grid)
+                server(connected(flower, worker, serving, on_reply))
         finally:
             link.stop()
+
+
+def connected(flower: Grid, worker: Worker, serving: Serving, on_reply: Callable[[], None]) -> DeployedGrid:
+    """The engine over Flower's grid, once enough clients are connected."""
+    terms = terms_of(worker, serving.run)
+    log.info("terms of the run: %s", terms.fingerprint)
+    grid = DeployedGrid(flower, terms, serving.clients, serving.certificates is not None, on_reply)
+    wait_for(grid, serving.least or len(serving.clients))
+    return grid
 
 
 def wait_for(grid: DeployedGrid, least: int) -> None:
